@@ -1,0 +1,1 @@
+"""The DFlash draft: config, model, pairing, doctor."""

@@ -1,0 +1,1 @@
+"""The operations that decide speed and exactness, one function each."""

@@ -1,0 +1,35 @@
+"""The errors a user can cause or meet. A leaf: imports no room.
+
+Every error that reaches the command line is a `SpecdecError`: its text names the file or option,
+what was found and what was expected, and the process exits with `exit_code` and no traceback.
+"""
+
+
+class SpecdecError(Exception):
+    """Bad input, a broken file or a request that cannot be met."""
+
+    exit_code = 2
+
+
+class CheckpointError(SpecdecError):
+    """A model folder, its config or one of its tensors is missing, broken or of another kind."""
+
+
+class PairingError(SpecdecError):
+    """Draft and target do not belong together."""
+
+
+class PlanError(SpecdecError):
+    """The memory plan does not fit its cap, or pins and slots are out of range."""
+
+
+class ExpertReadError(SpecdecError):
+    """An expert could not be read from disk: a short read or an I/O error."""
+
+
+class NonFiniteError(SpecdecError):
+    """NaN or Inf in a forward pass."""
+
+
+class PromptError(SpecdecError):
+    """The prompt is empty, too long for the model, or its template is unusable."""

@@ -1,0 +1,56 @@
+"""What the engine hands to those who count and print: one Prefill, then Rounds."""
+
+from dataclasses import dataclass
+
+from specdec.tree.draft_tree import DraftTree
+
+
+@dataclass(frozen=True)
+class Prefill:
+    """The prompt's pass: `token` is the first emitted token, already a bonus token."""
+
+    token: int
+    prompt_tokens: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class PhaseSeconds:
+    """Wall time of one round's phases, in seconds."""
+
+    draft: float = 0.0
+    build: float = 0.0
+    verify: float = 0.0
+    commit: float = 0.0
+
+    @property
+    def total(self) -> float:
+        return self.draft + self.build + self.verify + self.commit
+
+
+@dataclass(frozen=True)
+class Round:
+    """One round of draft, build, verify, commit.
+
+    tree: the verified tree (the root alone when the budget is 1).
+    path: accepted rows, the root first; len(path) - 1 draft tokens were accepted.
+    bonus: the target's own next token after the path, the root of the next round.
+    """
+
+    tree: DraftTree
+    path: tuple[int, ...]
+    bonus: int
+    seconds: PhaseSeconds
+
+    def __post_init__(self) -> None:
+        assert self.path and self.path[0] == 0
+
+    @property
+    def accepted(self) -> int:
+        """Accepted draft tokens."""
+        return len(self.path) - 1
+
+    @property
+    def tokens(self) -> tuple[int, ...]:
+        """The tokens this round emits: the accepted draft tokens, then the bonus token."""
+        return (*(int(self.tree.tokens[row]) for row in self.path[1:]), self.bonus)

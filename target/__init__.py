@@ -1,0 +1,1 @@
+"""The MoE target: config, checkpoint to layers, forward, experts on disk, state."""

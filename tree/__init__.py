@@ -1,0 +1,1 @@
+"""The draft tree: build, walk. NumPy only."""
