@@ -1,0 +1,227 @@
+"""TargetConfig: what config.json says about an MoE target of one of the three families.
+
+Reads qwen3_moe, qwen3_next and qwen3_5_moe (also nested under text_config). Refuses every other
+model_type, attention biases, and values that contradict each other, naming file, key, value.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from specdec.errors import CheckpointError
+from specdec.kernels.rope import RopeConfig
+
+FAMILIES = {
+    "qwen3_moe": "qwen3_moe",
+    "qwen3_next": "qwen3_next",
+    "qwen3_5_moe": "qwen3_5_moe",
+    "qwen3_5_moe_text": "qwen3_5_moe",
+}
+FULL, LINEAR = "full_attention", "linear_attention"
+
+
+@dataclass(frozen=True)
+class GatedDeltaConfig:
+    """Geometry of the gated delta (linear attention) layers."""
+
+    num_key_heads: int
+    num_value_heads: int
+    key_dim: int
+    value_dim: int
+    conv_kernel: int
+
+    @property
+    def keys(self) -> int:
+        """Features of all key heads."""
+        return self.num_key_heads * self.key_dim
+
+    @property
+    def values(self) -> int:
+        """Features of all value heads."""
+        return self.num_value_heads * self.value_dim
+
+    @property
+    def conv_channels(self) -> int:
+        """Channels of the causal convolution: queries, keys and values."""
+        return 2 * self.keys + self.values
+
+
+@dataclass(frozen=True)
+class TargetConfig:
+    """Everything the forward pass and the plan need to know about a target."""
+
+    family: str
+    prefix: str  # of the tensor names, up to and with "model."
+    head_prefix: str  # of lm_head
+    hidden_size: int
+    num_layers: int
+    layer_types: tuple[str, ...]
+    vocab_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    attn_output_gate: bool
+    rope: RopeConfig
+    rms_norm_eps: float
+    tie_word_embeddings: bool
+    num_experts: int
+    top_k: int
+    moe_intermediate_size: int
+    shared_intermediate_size: int  # 0: no shared expert
+    norm_topk_prob: bool
+    dense_layers: frozenset[int]  # layers with a plain MLP instead of experts
+    intermediate_size: int  # of that plain MLP
+    gdn: GatedDeltaConfig | None
+    max_position: int
+    eos_token_ids: tuple[int, ...]
+
+    @property
+    def moe_layers(self) -> tuple[int, ...]:
+        return tuple(i for i in range(self.num_layers) if i not in self.dense_layers)
+
+    @property
+    def full_layers(self) -> tuple[int, ...]:
+        return tuple(i for i, kind in enumerate(self.layer_types) if kind == FULL)
+
+    @property
+    def linear_layers(self) -> tuple[int, ...]:
+        return tuple(i for i, kind in enumerate(self.layer_types) if kind == LINEAR)
+
+    @classmethod
+    def from_dict(cls, config: Mapping[str, Any], source: str) -> "TargetConfig":
+        """Parse a config.json; `source` names the file in errors."""
+        return _Reader(config, source).target()
+
+
+class _Reader:
+    """Reads typed, required keys with errors that name the file and the key."""
+
+    def __init__(self, config: Mapping[str, Any], source: str) -> None:
+        self.outer = config
+        self.source = source
+        model_type = config.get("model_type")
+        text = config.get("text_config", config)
+        if not isinstance(text, Mapping):
+            raise CheckpointError(f"{source}: text_config is not an object")
+        self.text = text
+        for name in (model_type, text.get("model_type")):
+            if name in FAMILIES:
+                self.family = FAMILIES[name]
+                break
+        else:
+            raise CheckpointError(
+                f"{source}: unknown model_type {model_type!r}; "
+                f"this engine runs {', '.join(sorted(set(FAMILIES.values())))}"
+            )
+
+    def error(self, message: str) -> CheckpointError:
+        return CheckpointError(f"{self.source}: {message}")
+
+    def integer(self, key: str, default: int | None = None, minimum: int = 1) -> int:
+        value = self.text.get(key, default)
+        if value is None:
+            raise self.error(f"missing key {key!r}")
+        if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
+            raise self.error(f"{key} = {value!r}, expected an integer of at least {minimum}")
+        return value
+
+    def flag(self, key: str, default: bool) -> bool:
+        value = self.text.get(key, self.outer.get(key, default))
+        if not isinstance(value, bool):
+            raise self.error(f"{key} = {value!r}, expected true or false")
+        return value
+
+    def target(self) -> TargetConfig:
+        layers = self.integer("num_hidden_layers")
+        hybrid = self.family != "qwen3_moe"
+        if self.flag("attention_bias", False):
+            raise self.error("attention_bias = true is not supported")
+        activation = self.text.get("hidden_act", "silu")
+        if activation != "silu":
+            raise self.error(f"hidden_act = {activation!r}, expected 'silu'")
+        hidden = self.integer("hidden_size")
+        heads = self.integer("num_attention_heads")
+        kv_heads = self.integer("num_key_value_heads", heads)
+        if heads % kv_heads:
+            raise self.error(f"{heads} attention heads do not divide among {kv_heads} kv heads")
+        head_dim = self.integer("head_dim", hidden // heads)
+        experts = self.integer("num_experts")
+        top_k = self.integer("num_experts_per_tok")
+        if top_k > experts:
+            raise self.error(f"num_experts_per_tok = {top_k} exceeds num_experts = {experts}")
+        shared = self.integer("shared_expert_intermediate_size", 0, 0) if hybrid else 0
+        return TargetConfig(
+            family=self.family,
+            prefix="language_model.model." if self.family == "qwen3_5_moe" else "model.",
+            head_prefix="language_model." if self.family == "qwen3_5_moe" else "",
+            hidden_size=hidden,
+            num_layers=layers,
+            layer_types=self.layer_types(layers) if hybrid else (FULL,) * layers,
+            vocab_size=self.integer("vocab_size"),
+            num_heads=heads,
+            num_kv_heads=kv_heads,
+            head_dim=head_dim,
+            attn_output_gate=hybrid and self.flag("attn_output_gate", True),
+            rope=self.rope(head_dim),
+            rms_norm_eps=float(self.text.get("rms_norm_eps", 1e-6)),
+            tie_word_embeddings=self.flag("tie_word_embeddings", False),
+            num_experts=experts,
+            top_k=top_k,
+            moe_intermediate_size=self.integer("moe_intermediate_size"),
+            shared_intermediate_size=shared,
+            # Qwen3.5 has no such key: it always normalizes.
+            norm_topk_prob=self.flag("norm_topk_prob", self.family == "qwen3_5_moe"),
+            dense_layers=self.dense_layers(layers),
+            intermediate_size=self.integer("intermediate_size", 0, 0),
+            gdn=self.gated_delta() if hybrid else None,
+            max_position=self.integer("max_position_embeddings"),
+            eos_token_ids=self.eos_token_ids(),
+        )
+
+    def rope(self, head_dim: int) -> RopeConfig:
+        try:
+            return RopeConfig.from_config(dict(self.text), head_dim)
+        except CheckpointError as error:
+            raise self.error(str(error)) from None
+
+    def layer_types(self, layers: int) -> tuple[str, ...]:
+        kinds = self.text.get("layer_types")
+        if kinds is None:
+            interval = self.integer("full_attention_interval", 4)
+            return tuple(FULL if (i + 1) % interval == 0 else LINEAR for i in range(layers))
+        if not isinstance(kinds, list) or len(kinds) != layers or set(kinds) - {FULL, LINEAR}:
+            raise self.error(
+                f"layer_types must list {layers} times {FULL!r} or {LINEAR!r}, found {kinds!r}"
+            )
+        return tuple(kinds)
+
+    def dense_layers(self, layers: int) -> frozenset[int]:
+        if self.family == "qwen3_5_moe":
+            return frozenset()
+        listed = self.text.get("mlp_only_layers") or []
+        step = self.integer("decoder_sparse_step", 1)
+        return frozenset(i for i in range(layers) if i in listed or (i + 1) % step)
+
+    def gated_delta(self) -> GatedDeltaConfig:
+        config = GatedDeltaConfig(
+            num_key_heads=self.integer("linear_num_key_heads"),
+            num_value_heads=self.integer("linear_num_value_heads"),
+            key_dim=self.integer("linear_key_head_dim"),
+            value_dim=self.integer("linear_value_head_dim"),
+            conv_kernel=self.integer("linear_conv_kernel_dim", minimum=2),
+        )
+        if config.num_value_heads % config.num_key_heads:
+            raise self.error(
+                f"linear_num_value_heads = {config.num_value_heads} is no multiple of "
+                f"linear_num_key_heads = {config.num_key_heads}"
+            )
+        return config
+
+    def eos_token_ids(self) -> tuple[int, ...]:
+        ids = self.text.get("eos_token_id", self.outer.get("eos_token_id"))
+        if ids is None:
+            return ()
+        ids = ids if isinstance(ids, list) else [ids]
+        if not all(isinstance(i, int) for i in ids):
+            raise self.error(f"eos_token_id = {ids!r}, expected an integer or a list of integers")
+        return tuple(ids)
