@@ -1,0 +1,49 @@
+"""The routed experts' feed-forward: gather, SwiGLU, weighted sum."""
+
+from dataclasses import dataclass
+
+import mlx.core as mx
+
+from specdec.kernels.norm import swiglu
+from specdec.kernels.weight import Weight
+
+
+@dataclass(frozen=True, eq=False)
+class ExpertWeights:
+    """A bank of experts: gate, up [slots, intermediate, hidden], down [slots, hidden, inter.]."""
+
+    gate: Weight
+    up: Weight
+    down: Weight
+
+
+def experts_apart(x: mx.array, bank: ExpertWeights, slots: mx.array) -> mx.array:
+    """Each row through each of its experts, not yet weighted.
+
+    x [rows, hidden]; slots int32 [rows, n], indexes into the bank. Returns [rows, n, hidden]; an
+    expert's output for a row depends on that row and expert alone.
+    """
+    x = x[:, None, None, :]  # [rows, 1, 1, hidden]
+    hidden = swiglu(_gather(x, bank.gate, slots), _gather(x, bank.up, slots))
+    return _gather(hidden, bank.down, slots)[:, :, 0]
+
+
+def combine(outputs: mx.array, weights: mx.array) -> mx.array:
+    """Sum of outputs [rows, n, hidden] times weights [rows, n], in the order of n."""
+    return (outputs * weights[..., None].astype(outputs.dtype)).sum(axis=1)
+
+
+def _gather(x: mx.array, weight: Weight, slots: mx.array) -> mx.array:
+    """x [rows, 1 or n, 1, in] times the transposed matrix in each slot: [rows, n, 1, out]."""
+    if not weight.quantized:
+        return mx.gather_mm(x, weight.data.swapaxes(-1, -2), rhs_indices=slots)
+    return mx.gather_qmm(
+        x,
+        weight.data,
+        weight.scales,
+        weight.biases,
+        rhs_indices=slots,
+        transpose=True,
+        group_size=weight.group_size,
+        bits=weight.bits,
+    )

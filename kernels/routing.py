@@ -1,0 +1,19 @@
+"""Routing: which experts a row uses, and how much each counts."""
+
+import mlx.core as mx
+
+
+def route(logits: mx.array, top_k: int, normalize: bool) -> tuple[mx.array, mx.array]:
+    """The top_k experts of each row and their weights.
+
+    logits [rows, experts] -> experts int32 [rows, top_k] by falling logit (the lower expert first
+    when equal), weights float32 [rows, top_k]: softmax over all experts, or, with `normalize`,
+    over the chosen ones (which equals softmax, then renormalization).
+    """
+    logits = logits.astype(mx.float32)
+    # argsort is stable on the CPU only; the expert's own index breaks ties everywhere else too
+    experts = mx.argsort(-logits, axis=-1)[:, :top_k]
+    chosen = mx.take_along_axis(logits, experts, axis=-1)
+    if normalize:
+        return experts.astype(mx.int32), mx.softmax(chosen, axis=-1)
+    return experts.astype(mx.int32), mx.exp(chosen - mx.logsumexp(logits, axis=-1, keepdims=True))
