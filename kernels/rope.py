@@ -10,6 +10,7 @@ the model goes on talking and a draft's acceptance drops to nothing.
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -53,23 +54,31 @@ class RopeConfig:
         assert self.rope_type != "yarn" or self.original_max_position > 0
 
     @classmethod
-    def from_config(cls, config: dict[str, Any], head_dim: int) -> Self:
+    def from_config(
+        cls, config: Mapping[str, Any], head_dim: int, source: str = "config.json"
+    ) -> Self:
         """Read rope_theta with rope_scaling, or rope_parameters, from a model's config.json.
 
         Either may stand at the top level or in `text_config`; the kind is under "rope_type" or
         "type"; partial_rotary_factor may stand beside or inside; what is inside wins. "mrope"
         (and mrope_section) is the default kind as long as every token is text. Raises
-        CheckpointError for a missing theta, an unknown kind or numbers out of range.
+        CheckpointError for a missing theta, an unknown kind or numbers out of range; it names
+        `source`.
         """
-        config = {**config, **(config.get("text_config") or {})}
+        try:
+            return cls._read({**config, **(config.get("text_config") or {})}, head_dim)
+        except CheckpointError as error:
+            raise CheckpointError(f"{source}: {error}") from None
+
+    @classmethod
+    def _read(cls, config: dict[str, Any], head_dim: int) -> Self:
         inner = _scaling(config)
         kind = inner.get("rope_type") or inner.get("type") or "default"
         if kind == "mrope":
             kind = "default"
         if kind not in ("default", "linear", "yarn"):
             raise CheckpointError(
-                f"config.json: rope type {kind!r} is not supported, expected default, linear, "
-                "yarn or mrope"
+                f"rope type {kind!r} is not supported, expected default, linear, yarn or mrope"
             )
         theta = _number(inner.get("rope_theta", config.get("rope_theta")), "rope_theta", 1.0)
         partial = _first(
@@ -78,7 +87,7 @@ class RopeConfig:
         dim = int(head_dim * _number(partial, "partial_rotary_factor", 0.0))
         if dim < 2 or dim % 2 or dim > head_dim:
             raise CheckpointError(
-                f"config.json: partial_rotary_factor {partial} of head_dim {head_dim} rotates "
+                f"partial_rotary_factor {partial} of head_dim {head_dim} rotates "
                 f"{dim} dimensions, expected an even number from 2 to {head_dim}"
             )
         if kind == "default":
@@ -234,13 +243,13 @@ def _scaling(config: dict[str, Any]) -> dict[str, Any]:
         if value is None:
             continue
         if not isinstance(value, dict):
-            raise CheckpointError(f"config.json: {key} is {value!r}, expected an object")
+            raise CheckpointError(f"{key} is {value!r}, expected an object")
         if value and all(isinstance(entry, dict) for entry in value.values()):
             # One set per layer type. They may be spelt out and still agree.
             sets = list(value.values())
             if any(entry != sets[0] for entry in sets):
                 raise CheckpointError(
-                    f"config.json: {key} differs between layer types ({', '.join(value)}), "
+                    f"{key} differs between layer types ({', '.join(value)}), "
                     "expected one set for all layers"
                 )
             value = sets[0]
@@ -248,7 +257,7 @@ def _scaling(config: dict[str, Any]) -> dict[str, Any]:
     kinds = {entry.get("rope_type") or entry.get("type") or "default" for entry in found.values()}
     if len(kinds - {"mrope"}) > 1:
         raise CheckpointError(
-            "config.json: rope_scaling and rope_parameters name different types "
+            "rope_scaling and rope_parameters name different types "
             f"({', '.join(sorted(kinds))}), expected one"
         )
     return {**found.get("rope_scaling", {}), **found.get("rope_parameters", {})}
@@ -261,7 +270,7 @@ def _first(*values: Any) -> Any:
 def _number(value: Any, key: str, above: float) -> float:
     """A finite number above a bound, or CheckpointError naming the key."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise CheckpointError(f"config.json: {key} is {value!r}, expected a number")
+        raise CheckpointError(f"{key} is {value!r}, expected a number")
     if value <= above:
-        raise CheckpointError(f"config.json: {key} is {value}, expected a number above {above:g}")
+        raise CheckpointError(f"{key} is {value}, expected a number above {above:g}")
     return float(value)

@@ -12,7 +12,7 @@ from specdec.errors import CheckpointError
 from specdec.kernels.rope import Rope, RopeConfig
 
 # name, head_dim, the whole rope part of config.json
-YARN = {
+YARN: dict[str, tuple[int, dict]] = {
     "draft-64": (
         128,
         {
