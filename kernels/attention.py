@@ -42,9 +42,7 @@ class AttentionLayout:
         tail = np.full((tree.rows, width), zero_row, np.int32)
         tail[:, :partial] = np.arange(partial)
         own = tree.paths.shape[1]
-        tail[:, partial : partial + own] = np.where(
-            tree.paths >= 0, partial + tree.paths, zero_row
-        )
+        tail[:, partial : partial + own] = np.where(tree.paths >= 0, partial + tree.paths, zero_row)
         return cls(length, base, mx.array(tail), mx.array(tail == zero_row))
 
 

@@ -24,6 +24,31 @@ def linear(x: mx.array, weight: Weight) -> mx.array:
     )
 
 
+class Projections:
+    """Several projections of the same input; those of one format are computed as one matrix."""
+
+    def __init__(self, weights: list[Weight]) -> None:
+        self.matrices: list[Weight] = []
+        self._pieces: list[list[int]] = []  # per matrix, where it is split
+        for weight in weights:
+            if self.matrices and weight.same_format(self.matrices[-1]):
+                self._pieces[-1].append(self.matrices[-1].out_features)
+                self.matrices[-1] = weight.stacked_on(self.matrices[-1])
+            else:
+                self.matrices.append(weight)
+                self._pieces.append([])
+        # Evaluated here, so that the parts are freed before the next layer is read.
+        mx.eval([array for m in self.matrices for array in m.arrays if array is not None])
+
+    def __call__(self, x: mx.array) -> list[mx.array]:
+        """x [rows, in] -> one [rows, out_i] for every projection, in the order given."""
+        outputs = []
+        for matrix, pieces in zip(self.matrices, self._pieces, strict=True):
+            y = linear(x, matrix)
+            outputs += mx.split(y, pieces, axis=-1) if pieces else [y]
+        return outputs
+
+
 def embed(ids: mx.array, weight: Weight) -> mx.array:
     """Rows of the embedding: ids int32 [rows] -> [rows, hidden], dequantized in the scales' dtype."""
     if weight.scales is None or weight.biases is None:

@@ -11,7 +11,7 @@ def route(logits: mx.array, top_k: int, normalize: bool) -> tuple[mx.array, mx.a
     over the chosen ones (which equals softmax, then renormalization).
     """
     logits = logits.astype(mx.float32)
-    # argsort is stable on the CPU only; the expert's own index breaks ties everywhere else too
+    # a stable sort of the negated logits puts the lower expert first among equals
     experts = mx.argsort(-logits, axis=-1)[:, :top_k]
     chosen = mx.take_along_axis(logits, experts, axis=-1)
     if normalize:

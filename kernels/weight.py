@@ -1,8 +1,12 @@
 """Weight: a matrix (or a stack of matrices) as the linear operations take it, dense or quantized."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Self
 
 import mlx.core as mx
+
+from specdec.checkpoint import Checkpoint
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,6 +28,60 @@ class Weight:
     def __post_init__(self) -> None:
         assert (self.bits == 0) == (self.scales is None) == (self.biases is None)
 
+    @classmethod
+    def load(
+        cls, checkpoint: Checkpoint, path: str, out: int, in_features: int, dtype: mx.Dtype
+    ) -> Self:
+        """Read the matrix [out, in_features] of a module; floats become `dtype`.
+
+        path: the module's name, "model.embed_tokens" for "model.embed_tokens.weight".
+        CheckpointError when a tensor is missing or has another shape or packing.
+        """
+        quantization = checkpoint.quantization(path, in_features)
+        if quantization is None:
+            return cls(checkpoint.load(f"{path}.weight", (out, in_features), dtype))
+        packed = in_features * quantization.bits // 32
+        groups = in_features // quantization.group_size
+        return cls(
+            checkpoint.load(f"{path}.weight", (out, packed)),
+            checkpoint.load(f"{path}.scales", (out, groups), dtype),
+            checkpoint.load(f"{path}.biases", (out, groups), dtype),
+            quantization.bits,
+            quantization.group_size,
+        )
+
+    def rows(self, index: mx.array) -> "Weight":
+        """The output features of a matrix in another order; exact, for packing is along a row."""
+        return self._each(lambda array: array[index])
+
+    def same_format(self, other: "Weight") -> bool:
+        """Whether the two could be one matrix: equal bits, group size, inputs and dtype."""
+        return (self.bits, self.group_size, self.data.shape[-1], self.data.dtype) == (
+            other.bits,
+            other.group_size,
+            other.data.shape[-1],
+            other.data.dtype,
+        )
+
+    def stacked_on(self, other: "Weight") -> "Weight":
+        """One matrix with the other's output features first; they must have the same format."""
+        assert self.same_format(other)
+        pairs = [
+            None if mine is None or theirs is None else mx.concatenate([theirs, mine], axis=-2)
+            for mine, theirs in zip(self.arrays, other.arrays, strict=True)
+        ]
+        assert pairs[0] is not None
+        return Weight(pairs[0], pairs[1], pairs[2], self.bits, self.group_size)
+
+    def _each(self, change: Callable[[mx.array], mx.array]) -> "Weight":
+        data, scales, biases = (None if a is None else change(a) for a in self.arrays)
+        assert data is not None
+        return Weight(data, scales, biases, self.bits, self.group_size)
+
+    @property
+    def arrays(self) -> tuple[mx.array, mx.array | None, mx.array | None]:
+        return self.data, self.scales, self.biases
+
     @property
     def quantized(self) -> bool:
         return self.bits != 0
@@ -40,5 +98,4 @@ class Weight:
     @property
     def nbytes(self) -> int:
         """Resident bytes."""
-        arrays = (self.data, self.scales, self.biases)
-        return sum(array.nbytes for array in arrays if array is not None)
+        return sum(array.nbytes for array in self.arrays if array is not None)

@@ -5,9 +5,10 @@ model_type, attention biases, and values that contradict each other, naming file
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+from specdec.checkpoint import Checkpoint
 from specdec.errors import CheckpointError
 from specdec.kernels.rope import RopeConfig
 
@@ -17,6 +18,12 @@ FAMILIES = {
     "qwen3_5_moe": "qwen3_5_moe",
     "qwen3_5_moe_text": "qwen3_5_moe",
 }
+# How writers of checkpoints spell the text model, and where lm_head stands beside it.
+PREFIXES = (
+    ("language_model.model.", "language_model."),
+    ("model.language_model.", ""),
+    ("model.", ""),
+)
 FULL, LINEAR = "full_attention", "linear_attention"
 
 
@@ -86,6 +93,19 @@ class TargetConfig:
     @property
     def linear_layers(self) -> tuple[int, ...]:
         return tuple(i for i, kind in enumerate(self.layer_types) if kind == LINEAR)
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint) -> "TargetConfig":
+        """The config of a checkpoint, tensor prefixes as its tensors spell them."""
+        source = str(checkpoint.folder / "config.json")
+        config = cls.from_dict(checkpoint.config, source)
+        for prefix, head in PREFIXES:
+            if f"{prefix}embed_tokens.weight" in checkpoint.tensors:
+                return replace(config, prefix=prefix, head_prefix=head)
+        raise CheckpointError(
+            f"{checkpoint.folder}: no embed_tokens.weight under any of "
+            f"{', '.join(repr(prefix) for prefix, _ in PREFIXES)}"
+        )
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any], source: str) -> "TargetConfig":

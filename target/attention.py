@@ -1,0 +1,54 @@
+"""Attention: a full-attention layer with grouped heads, q/k norms, partial rotary, output gate."""
+
+import mlx.core as mx
+
+from specdec.kernels.linear import Projections, linear
+from specdec.kernels.norm import rms_norm
+from specdec.kernels.rope import Rope
+from specdec.target.config import TargetConfig
+from specdec.target.passes import Pass
+from specdec.target.tensors import Tensors
+
+
+class Attention:
+    """One layer's weights; `index` counts the full-attention layers."""
+
+    def __init__(self, tensors: Tensors, config: TargetConfig, rope: Rope, index: int) -> None:
+        self.config, self.rope, self.index = config, rope, index
+        hidden, dim = config.hidden_size, config.head_dim
+        gates = 2 if config.attn_output_gate else 1
+        self.qkv = Projections(
+            [
+                tensors.weight("q_proj", config.num_heads * dim * gates, hidden),
+                tensors.weight("k_proj", config.num_kv_heads * dim, hidden),
+                tensors.weight("v_proj", config.num_kv_heads * dim, hidden),
+            ]
+        )
+        self.out = tensors.weight("o_proj", hidden, config.num_heads * dim)
+        self.q_norm = tensors.array("q_norm.weight", (dim,))
+        self.k_norm = tensors.array("k_norm.weight", (dim,))
+
+    def __call__(self, x: mx.array, this: Pass) -> mx.array:
+        """x [rows, hidden] -> [rows, hidden]."""
+        config = self.config
+        rows, dim = x.shape[0], config.head_dim
+        queries, keys, values = self.qkv(x)
+        queries = queries.reshape(rows, config.num_heads, -1)
+        gate = None
+        if config.attn_output_gate:  # per head: the query, then its gate
+            queries, gate = mx.split(queries, 2, axis=-1)
+        queries = rms_norm(queries, self.q_norm, config.rms_norm_eps).swapaxes(0, 1)
+        keys = keys.reshape(rows, config.num_kv_heads, dim)
+        keys = rms_norm(keys, self.k_norm, config.rms_norm_eps).swapaxes(0, 1)
+        values = values.reshape(rows, config.num_kv_heads, dim).swapaxes(0, 1)
+        out = this.attend(
+            self.index,
+            self.rope(queries, this.positions),
+            self.rope(keys, this.positions),
+            values,
+            dim**-0.5,
+        )
+        out = out.swapaxes(0, 1).reshape(rows, -1)  # [rows, heads * dim]
+        if gate is not None:
+            out = out * mx.sigmoid(gate.reshape(rows, -1))
+        return linear(out, self.out)

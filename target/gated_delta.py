@@ -1,0 +1,83 @@
+"""GatedDelta: a linear-attention layer with a gated delta state instead of keys and values.
+
+Checkpoints store its input projections in two ways: fused (in_proj_qkvz, in_proj_ba, interleaved
+per key head) and separate (in_proj_qkv, in_proj_z, in_proj_b, in_proj_a). Fused rows are put into
+the separate order when they are read, so that there is one forward.
+"""
+
+import mlx.core as mx
+import numpy as np
+
+from specdec.kernels.gated_delta import log_decay, normalize_keys
+from specdec.kernels.linear import Projections, linear
+from specdec.kernels.norm import gated_rms_norm
+from specdec.kernels.weight import Weight
+from specdec.target.config import GatedDeltaConfig, TargetConfig
+from specdec.target.passes import Pass
+from specdec.target.tensors import Tensors
+
+
+class GatedDelta:
+    """One layer's weights; `index` counts the linear-attention layers."""
+
+    def __init__(self, tensors: Tensors, config: TargetConfig, index: int) -> None:
+        assert config.gdn is not None
+        self.gdn: GatedDeltaConfig = config.gdn
+        self.index, self.eps = index, config.rms_norm_eps
+        gdn, hidden = self.gdn, config.hidden_size
+        self.inputs = Projections(_input_weights(tensors, gdn, hidden))
+        conv = tensors.array("conv1d.weight", (gdn.conv_channels, gdn.conv_kernel, 1))
+        self.conv = mx.contiguous(conv[:, :, 0].T)  # [taps, channels]
+        self.a_log = tensors.array("A_log", (gdn.num_value_heads,), mx.float32)
+        self.dt_bias = tensors.array("dt_bias", (gdn.num_value_heads,), mx.float32)
+        self.norm = tensors.array("norm.weight", (gdn.value_dim,))
+        self.out = tensors.weight("out_proj", hidden, gdn.values)
+
+    def __call__(self, x: mx.array, this: Pass) -> mx.array:
+        """x [rows, hidden] -> [rows, hidden]."""
+        gdn, rows = self.gdn, x.shape[0]
+        qkv, z, b, a = self.inputs(x)
+        qkv = this.convolve(self.index, qkv, self.conv)
+        queries, keys, values = mx.split(qkv, [gdn.keys, 2 * gdn.keys], axis=-1)
+        queries, keys = normalize_keys(
+            queries.reshape(rows, gdn.num_key_heads, gdn.key_dim),
+            keys.reshape(rows, gdn.num_key_heads, gdn.key_dim),
+            gdn.num_value_heads,
+        )
+        values = values.reshape(rows, gdn.num_value_heads, gdn.value_dim).astype(mx.float32)
+        decay = log_decay(a, self.a_log, self.dt_bias)
+        beta = mx.sigmoid(b.astype(mx.float32))
+        y = this.recur(self.index, queries, keys, values, decay, beta).astype(x.dtype)
+        y = gated_rms_norm(y, z.reshape(y.shape), self.norm, self.eps)
+        return linear(y.reshape(rows, -1), self.out)
+
+
+def _input_weights(tensors: Tensors, gdn: GatedDeltaConfig, hidden: int) -> list[Weight]:
+    """The projections qkv, z, b, a, whichever way they are stored."""
+    heads = gdn.num_value_heads
+    if not tensors.has("in_proj_qkvz.weight"):
+        return [
+            tensors.weight("in_proj_qkv", gdn.conv_channels, hidden),
+            tensors.weight("in_proj_z", gdn.values, hidden),
+            tensors.weight("in_proj_b", heads, hidden),
+            tensors.weight("in_proj_a", heads, hidden),
+        ]
+    qkvz = tensors.weight("in_proj_qkvz", gdn.conv_channels + gdn.values, hidden)
+    ba = tensors.weight("in_proj_ba", 2 * heads, hidden)
+    # Per key head: its query, its key, then the values and z of its value heads.
+    per_key = gdn.values // gdn.num_key_heads
+    rows = np.arange(qkvz.out_features).reshape(gdn.num_key_heads, -1)
+    splits = np.cumsum([gdn.key_dim, gdn.key_dim, per_key])
+    q, k, v, z = (part.reshape(-1) for part in np.split(rows, splits, axis=1))
+    b, a = (
+        part.reshape(-1)
+        for part in np.split(
+            np.arange(2 * heads).reshape(-1, 2 * heads // gdn.num_key_heads), 2, axis=1
+        )
+    )
+    return [
+        qkvz.rows(mx.array(np.concatenate([q, k, v]))),
+        qkvz.rows(mx.array(z)),
+        ba.rows(mx.array(b)),
+        ba.rows(mx.array(a)),
+    ]

@@ -1,0 +1,219 @@
+"""Target: the MoE model that decides every token.
+
+`prefill` runs a prompt, `verify` a whole draft tree in one pass, `commit` makes one of its paths
+part of the state. verify changes nothing that is committed: an error or an interrupt between the
+two leaves the session as it was.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Self
+
+import mlx.core as mx
+import numpy as np
+
+from specdec.checkpoint import Checkpoint
+from specdec.errors import CheckpointError, NonFiniteError
+from specdec.kernels.layout import TreeLayout
+from specdec.kernels.linear import embed, linear
+from specdec.kernels.norm import rms_norm
+from specdec.kernels.rope import Rope
+from specdec.kernels.weight import Weight
+from specdec.target.attention import Attention
+from specdec.target.config import FULL, TargetConfig
+from specdec.target.expert_cache import ExpertCache
+from specdec.target.gated_delta import GatedDelta
+from specdec.target.mlp import MLP, MoE
+from specdec.target.passes import Pass, PromptPass, TreePass
+from specdec.target.state import State
+from specdec.target.tensors import Tensors
+from specdec.tree.draft_tree import DraftTree
+
+
+@dataclass(frozen=True, eq=False)
+class Output:
+    """logits [rows, vocab] and taps [rows, taps * hidden] (the tapped layers' outputs in order).
+
+    Of a prefill, logits has the last row alone unless all were asked for.
+    """
+
+    logits: mx.array
+    taps: mx.array
+
+
+@dataclass(frozen=True, eq=False)
+class Layer:
+    """norm, mixer, norm, feed-forward, each half added to the residual."""
+
+    input_norm: mx.array
+    mixer: Attention | GatedDelta
+    post_norm: mx.array
+    mlp: MLP | MoE
+
+
+class Target:
+    """A loaded target and its session state."""
+
+    def __init__(
+        self,
+        config: TargetConfig,
+        layers: list[Layer],
+        embedding: Weight,
+        norm: mx.array,
+        head: Weight,
+        experts: ExpertCache,
+        dtype: mx.Dtype,
+        taps: Sequence[int],
+    ) -> None:
+        assert all(0 <= tap < config.num_layers for tap in taps)
+        self.config, self.layers, self.dtype = config, layers, dtype
+        self.embedding, self.norm, self.head = embedding, norm, head
+        self.experts, self.taps = experts, tuple(taps)
+        self.reset()
+
+    @classmethod
+    def load(
+        cls,
+        checkpoint: Checkpoint,
+        config: TargetConfig,
+        experts: ExpertCache,
+        dtype: mx.Dtype,
+        taps: Sequence[int] = (),
+        on_progress: Callable[[int, int], None] | None = None,
+    ) -> Self:
+        """Read all weights but the experts. CheckpointError on a missing or misshapen tensor."""
+        if any(".mlp.experts." in name for name in checkpoint.tensors):
+            raise CheckpointError(
+                f"{checkpoint.folder}: experts are stored as transformers writes them "
+                "(mlp.experts.*), expected mlx-community's mlp.switch_mlp.*; "
+                "convert the model with mlx_lm.convert"
+            )
+        root = Tensors(checkpoint, config.prefix, dtype)
+        rope, hidden = Rope(config.rope), config.hidden_size
+        layers: list[Layer] = []
+        for i, kind in enumerate(config.layer_types):
+            tensors = root.under(f"layers.{i}")
+            mixer = (
+                Attention(tensors.under("self_attn"), config, rope, config.full_layers.index(i))
+                if kind == FULL
+                else GatedDelta(tensors.under("linear_attn"), config, config.linear_layers.index(i))
+            )
+            mlp = (
+                MLP(tensors.under("mlp"), hidden, config.intermediate_size)
+                if i in config.dense_layers
+                else MoE(tensors.under("mlp"), config, i, experts)
+            )
+            input_norm = tensors.array("input_layernorm.weight", (hidden,))
+            post_norm = tensors.array("post_attention_layernorm.weight", (hidden,))
+            layers.append(Layer(input_norm, mixer, post_norm, mlp))
+            if on_progress is not None:
+                on_progress(i + 1, config.num_layers)
+        embedding = root.weight("embed_tokens", config.vocab_size, hidden)
+        head = embedding
+        if not config.tie_word_embeddings:
+            outer = Tensors(checkpoint, config.head_prefix, dtype)
+            head = outer.weight("lm_head", config.vocab_size, hidden)
+        norm = root.array("norm.weight", (hidden,))
+        return cls(config, layers, embedding, norm, head, experts, dtype, taps)
+
+    def reset(self) -> None:
+        """Forget all tokens."""
+        self.state = State(self.config, self.dtype)
+        self._pending: TreePass | None = None
+
+    @property
+    def length(self) -> int:
+        """Committed tokens."""
+        return self.state.length
+
+    def prefill(
+        self,
+        tokens: Sequence[int],
+        on_progress: Callable[[int, int], None] | None = None,
+        chunk: int = 256,
+        all_logits: bool = False,
+    ) -> Output:
+        """Commit a prompt in chunks of `chunk` tokens; taps for every row of it.
+
+        logits [1, vocab] of the last row, or [rows, vocab] with all_logits. An error leaves the
+        chunks before it committed.
+        """
+        assert len(tokens) > 0
+        logits, taps = [], []
+        for start in range(0, len(tokens), chunk):
+            part = np.array(tokens[start : start + chunk], np.int32)
+            this = PromptPass(self.state, len(part))
+            hidden, tapped = self._forward(part, this)
+            last = start + len(part) == len(tokens)
+            if all_logits or last:
+                logits.append(self._logits(hidden if all_logits else hidden[-1:]))
+            mx.eval(hidden, tapped, *logits[-1:])
+            self._check_finite(hidden if not logits else logits[-1], part, this)
+            for layer, chosen in this.commit().items():
+                self.experts.touch(layer, chosen.reshape(-1))
+            taps.append(tapped)
+            if on_progress is not None:
+                on_progress(start + len(part), len(tokens))
+        return Output(mx.concatenate(logits), mx.concatenate(taps))
+
+    def verify(self, tree: DraftTree) -> Output:
+        """Run all rows of a tree after the committed tokens; commits nothing."""
+        self._pending = None
+        this = TreePass(self.state, TreeLayout(tree.parents))
+        hidden, taps = self._forward(tree.tokens, this)
+        logits = self._logits(hidden)
+        mx.eval(logits, taps, *this.arrays())
+        self._check_finite(logits, tree.tokens, this)
+        self._pending = this
+        return Output(logits, taps)
+
+    def commit(self, path: Sequence[int]) -> None:
+        """Make a path of the verified tree (rows, the root first) part of the state."""
+        assert self._pending is not None, "commit without a verified tree"
+        this, self._pending = self._pending, None
+        for layer, chosen in this.commit(list(path)).items():
+            self.experts.touch(layer, chosen.reshape(-1))
+
+    def _forward(self, tokens: np.ndarray, this: Pass, probe: bool = False) -> tuple:
+        """Hidden rows after the last layer [rows, hidden], and the taps [rows, taps * hidden].
+
+        With `probe`, every layer's output is checked, and NonFiniteError names the first bad one.
+        """
+        eps = self.config.rms_norm_eps
+        x = embed(mx.array(tokens), self.embedding).astype(self.dtype)
+        if probe and not _finite(x):
+            raise NonFiniteError("NaN or Inf in the token embeddings")
+        tapped: dict[int, mx.array] = {}
+        for i, layer in enumerate(self.layers):
+            x = x + layer.mixer(rms_norm(x, layer.input_norm, eps), this)
+            if probe and not _finite(x):
+                raise NonFiniteError(
+                    f"NaN or Inf first appears in layer {i} ({self.config.layer_types[i]})"
+                )
+            x = x + layer.mlp(rms_norm(x, layer.post_norm, eps), this)
+            if probe and not _finite(x):
+                raise NonFiniteError(f"NaN or Inf first appears in layer {i} (feed-forward)")
+            if i in self.taps:
+                tapped[i] = x
+        taps = [tapped[i] for i in self.taps]
+        return x, mx.concatenate(taps, axis=-1) if taps else mx.zeros((len(tokens), 0), x.dtype)
+
+    def _logits(self, hidden: mx.array) -> mx.array:
+        """[rows, hidden] -> [rows, vocab]."""
+        return linear(rms_norm(hidden, self.norm, self.config.rms_norm_eps), self.head)
+
+    def _check_finite(self, values: mx.array, tokens: np.ndarray, this: Pass) -> None:
+        """Stop on NaN or Inf, saying where it began; nothing of this pass is committed yet."""
+        if _finite(values):
+            return
+        again = (
+            PromptPass(self.state, len(tokens))
+            if isinstance(this, PromptPass)
+            else TreePass(self.state, this.tree)  # type: ignore[attr-defined]
+        )
+        self._forward(tokens, again, probe=True)
+        raise NonFiniteError("NaN or Inf first appears in the logits (final norm or head)")
+
+
+def _finite(x: mx.array) -> bool:
+    return bool(mx.isfinite(x).all().item())

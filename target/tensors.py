@@ -1,0 +1,28 @@
+"""Tensors: the tensors of one module of a checkpoint, by their names inside the module."""
+
+import mlx.core as mx
+
+from specdec.checkpoint import Checkpoint
+from specdec.kernels.weight import Weight
+
+
+class Tensors:
+    """Reads what stands under a prefix, floats in the engine's dtype, shapes checked."""
+
+    def __init__(self, checkpoint: Checkpoint, prefix: str, dtype: mx.Dtype) -> None:
+        self.checkpoint, self.prefix, self.dtype = checkpoint, prefix, dtype
+
+    def under(self, name: str) -> "Tensors":
+        """The module `name` inside this one."""
+        return Tensors(self.checkpoint, f"{self.prefix}{name}.", self.dtype)
+
+    def has(self, name: str) -> bool:
+        return f"{self.prefix}{name}" in self.checkpoint.tensors
+
+    def weight(self, name: str, out: int, in_features: int) -> Weight:
+        """The matrix [out, in_features] of module `name`, dense or quantized."""
+        return Weight.load(self.checkpoint, f"{self.prefix}{name}", out, in_features, self.dtype)
+
+    def array(self, name: str, shape: tuple[int, ...], dtype: mx.Dtype | None = None) -> mx.array:
+        """The tensor `name`, cast to `dtype` or the engine's."""
+        return self.checkpoint.load(f"{self.prefix}{name}", shape, dtype or self.dtype)
