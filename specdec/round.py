@@ -7,9 +7,12 @@ from specdec.tree.draft_tree import DraftTree
 
 @dataclass(frozen=True)
 class Prefill:
-    """The prompt's pass: `token` is the first emitted token, already a bonus token."""
+    """The prompt's pass.
 
-    token: int
+    token: the first emitted token, already a bonus token; None when the pass was interrupted.
+    """
+
+    token: int | None
     prompt_tokens: int
     seconds: float
 

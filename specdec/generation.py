@@ -1,0 +1,160 @@
+"""Generation: a prompt in, text out, and everything that can be counted about it.
+
+The engine emits tokens round by round; here they become text and the text ends: at an end token or
+a stop string (also inside an accepted path), at the token limit, at the end of the model's context
+or at an interrupt. Where it ends does not depend on how the tokens were grouped into rounds.
+"""
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from time import perf_counter
+
+import numpy as np
+
+from specdec.engine import Engine
+from specdec.errors import PromptError
+from specdec.round import Prefill, Round
+from specdec.stops import StopScanner
+from specdec.target.expert_cache import LayerCounters
+from specdec.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to generate. eos_ids: token ids that end the text; empty to ignore end tokens."""
+
+    prompt_tokens: tuple[int, ...]
+    budget: int = 6
+    tree: str = "best-first"
+    max_tokens: int = 128
+    stop: tuple[str, ...] = ()
+    eos_ids: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        assert self.budget >= 1
+        assert self.max_tokens >= 1
+
+
+@dataclass(frozen=True)
+class Result:
+    """What came of a request.
+
+    tokens: emitted tokens up to the one that ended the text, an end token included.
+    text: their text without the end token and from the stop string on.
+    finish: "eos", "stop", "length", "context" or "interrupted".
+    rounds: every round that was run; the last may hold tokens beyond the end.
+    seconds_to_first_token: from the request on, prefill included.
+    decode_seconds: from the first token to the end.
+    experts: expert traffic of this request, prefill included.
+    """
+
+    tokens: tuple[int, ...]
+    text: str
+    finish: str
+    prefill: Prefill
+    rounds: tuple[Round, ...]
+    seconds_to_first_token: float
+    decode_seconds: float
+    experts: tuple[LayerCounters, ...]
+
+    @property
+    def token_sha256(self) -> str:
+        """SHA-256 of the tokens as little-endian int32."""
+        return hashlib.sha256(np.array(self.tokens, "<i4").tobytes()).hexdigest()
+
+
+def generate(
+    engine: Engine,
+    tokenizer: Tokenizer,
+    request: Request,
+    on_text: Callable[[str], None] | None = None,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> Result:
+    """Run a request on an engine from nothing.
+
+    on_text gets the text as it becomes certain; on_progress(done, total) the prompt's progress.
+    PromptError for an empty prompt and for one that leaves no room in the model's context.
+    """
+    context = engine.target.config.max_position
+    check_prompt(request.prompt_tokens, context)
+    room = context - len(request.prompt_tokens)
+    writer = _Writer(tokenizer, request, min(request.max_tokens, room), on_text)
+    engine.target.experts.reset_counters()
+    rounds: list[Round] = []
+    prefill, finish = Prefill(None, len(request.prompt_tokens), 0.0), None
+    start = first = perf_counter()
+    try:
+        prefill = engine.prefill(request.prompt_tokens, request.budget > 1, on_progress)
+        first = perf_counter()
+        assert prefill.token is not None
+        finish = writer.emit((prefill.token,))
+        while finish is None:
+            rounds.append(engine.step(request.budget, request.tree))
+            finish = writer.emit(rounds[-1].tokens)
+    except KeyboardInterrupt:
+        finish = "interrupted"
+    writer.flush()
+    if finish == "length" and len(writer.tokens) < request.max_tokens:
+        finish = "context"
+    return Result(
+        tokens=tuple(writer.tokens),
+        text=writer.text,
+        finish=finish,
+        prefill=prefill,
+        rounds=tuple(rounds),
+        seconds_to_first_token=first - start,
+        decode_seconds=perf_counter() - first,
+        experts=engine.target.experts.counters(),
+    )
+
+
+def check_prompt(tokens: Sequence[int], context: int) -> None:
+    """PromptError unless the prompt has a token and leaves room for one more."""
+    if not tokens:
+        raise PromptError("the prompt is empty: expected at least one token")
+    if len(tokens) >= context:
+        raise PromptError(
+            f"the prompt has {len(tokens)} tokens; the model's context is {context}, "
+            "and at least one token must fit after the prompt"
+        )
+
+
+class _Writer:
+    """Turns tokens into text until something ends it."""
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        request: Request,
+        limit: int,
+        on_text: Callable[[str], None] | None,
+    ) -> None:
+        self.tokens: list[int] = []
+        self.text = ""
+        self._detokenizer = tokenizer.detokenizer()
+        self._stops = StopScanner(request.stop)
+        self._eos, self._limit, self._on_text = set(request.eos_ids), limit, on_text
+
+    def emit(self, tokens: Sequence[int]) -> str | None:
+        """Add tokens one by one; why the text ended, or None if it goes on."""
+        for token in tokens:
+            self.tokens.append(token)
+            if token in self._eos:
+                return "eos"
+            self._show(self._stops.add(self._detokenizer.add(token)))
+            if self._stops.found:
+                return "stop"
+            if len(self.tokens) == self._limit:
+                return "length"
+        return None
+
+    def flush(self) -> None:
+        """Show what was held back: half characters, and beginnings of stop strings."""
+        self._show(self._stops.add(self._detokenizer.finish()))
+        self._show(self._stops.finish())
+
+    def _show(self, text: str) -> None:
+        self.text += text
+        if text and self._on_text is not None:
+            self._on_text(text)
