@@ -1,0 +1,48 @@
+"""ExpertBank: preallocated memory for a number of experts of one geometry, filled in place.
+
+The arrays that MLX computes with and the views that reads are written through are the same memory.
+Whoever writes a slot makes sure that no unevaluated graph reads it.
+"""
+
+import mlx.core as mx
+import numpy as np
+
+from specdec.kernels.experts import ExpertWeights
+from specdec.kernels.weight import Weight
+from specdec.shards import FLOATS
+from specdec.target.expert_store import PROJECTIONS, Geometry
+
+
+class ExpertBank:
+    """`slots` experts.
+
+    weights: gate, up [slots, intermediate, hidden'], down [slots, hidden, intermediate'].
+    views: per tensor of the geometry a writable [slots, *shape] array over the same memory,
+        uint16 standing for bfloat16.
+    """
+
+    def __init__(self, geometry: Geometry, slots: int, dtype: mx.Dtype) -> None:
+        """dtype: of scales, biases and dense weights."""
+        assert slots >= 1
+        self.slots = slots
+        self.views: list[np.ndarray] = []
+        arrays: dict[tuple[str, str], mx.array] = {}
+        for tensor in geometry.tensors:
+            array = mx.zeros((slots, *tensor.shape), dtype if tensor.dtype in FLOATS else mx.uint32)
+            # An unevaluated array has no memory yet; of a bfloat16 array NumPy takes the bits.
+            bits = array.view(mx.uint16) if array.dtype == mx.bfloat16 else array
+            mx.eval(array, bits)
+            arrays[tensor.projection, tensor.tensor] = array
+            self.views.append(np.array(bits, copy=False))
+        self.nbytes = sum(array.nbytes for array in arrays.values())
+        gate, up, down = (
+            Weight(
+                arrays[projection, "weight"],
+                arrays.get((projection, "scales")),
+                arrays.get((projection, "biases")),
+                quantization.bits if quantization else 0,
+                quantization.group_size if quantization else 0,
+            )
+            for projection, quantization in zip(PROJECTIONS, geometry.quantizations, strict=True)
+        )
+        self.weights = ExpertWeights(gate, up, down)

@@ -1,0 +1,175 @@
+"""ExpertStore: where every routed expert lies on disk, and how its bytes become an expert.
+
+Experts are stacked per projection as mlx-community writes them, `mlp.switch_mlp.gate_proj.weight`
+[experts, out, in'], with scales and biases beside it when quantized. An expert is one slice of
+each of these tensors. Headers are checked when the store is made; data is read by position only.
+
+Refuses experts under other names or one by one, shapes that do not follow from the config, and
+packings that contradict it.
+"""
+
+import math
+from dataclasses import dataclass
+
+import mlx.core as mx
+import numpy as np
+
+from specdec.checkpoint import Checkpoint
+from specdec.errors import CheckpointError
+from specdec.quantization import Quantization
+from specdec.shards import FLOATS, ITEM_BYTES, TensorInfo
+from specdec.target.config import TargetConfig
+
+PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+# Conversions read this much at a time when a whole layer is loaded.
+STAGING_BYTES = 16 << 20
+
+
+@dataclass(frozen=True)
+class ExpertTensor:
+    """One expert's slice of one tensor: `shape` without the expert axis, dtype as on disk."""
+
+    projection: str
+    tensor: str  # weight, scales or biases
+    shape: tuple[int, ...]
+    dtype: str
+
+    @property
+    def bytes_on_disk(self) -> int:
+        return math.prod(self.shape) * ITEM_BYTES[self.dtype]
+
+    def bytes_resident(self, dtype: mx.Dtype) -> int:
+        """Bytes in a bank: packed weights as they are, floats in `dtype`."""
+        size = dtype.size if self.dtype in FLOATS else ITEM_BYTES[self.dtype]
+        return math.prod(self.shape) * size
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """What an expert of a layer is made of; layers of equal geometry can share slots.
+
+    tensors: gate, up, down in this order, each as weight or as weight, scales, biases.
+    quantizations: of gate, up, down; None where dense.
+    """
+
+    tensors: tuple[ExpertTensor, ...]
+    quantizations: tuple[Quantization | None, ...]
+
+    @property
+    def bytes_on_disk(self) -> int:
+        """Bytes of one expert in the files."""
+        return sum(tensor.bytes_on_disk for tensor in self.tensors)
+
+    def bytes_resident(self, dtype: mx.Dtype) -> int:
+        """Bytes of one expert in memory, floats in `dtype`."""
+        return sum(tensor.bytes_resident(dtype) for tensor in self.tensors)
+
+
+class ExpertStore:
+    """The experts of all MoE layers of a checkpoint, on disk."""
+
+    def __init__(self, checkpoint: Checkpoint, config: TargetConfig) -> None:
+        """Check names, shapes and packings of every MoE layer; CheckpointError names the tensor."""
+        self.checkpoint, self.config = checkpoint, config
+        self.num_experts = config.num_experts
+        self.layers = tuple(
+            layer for layer in range(config.num_layers) if layer not in config.dense_layers
+        )
+        self._infos: dict[int, tuple[TensorInfo, ...]] = {}
+        self._geometries: dict[int, Geometry] = {}
+        for layer in self.layers:
+            self._infos[layer], self._geometries[layer] = self._describe(layer)
+
+    def geometry(self, layer: int) -> Geometry:
+        return self._geometries[layer]
+
+    def infos(self, layer: int) -> tuple[TensorInfo, ...]:
+        """The stacked tensors of a layer, in the order of its geometry's `tensors`."""
+        return self._infos[layer]
+
+    def expert_bytes_on_disk(self, layer: int) -> int:
+        """Bytes one miss of this layer reads."""
+        return self._geometries[layer].bytes_on_disk
+
+    def expert_bytes_resident(self, layer: int, dtype: mx.Dtype) -> int:
+        """Bytes one slot takes, floats in `dtype`."""
+        return self._geometries[layer].bytes_resident(dtype)
+
+    def read(self, layer: int, index: int, first: int, target: np.ndarray) -> int:
+        """Read consecutive experts' slices of one tensor of a layer; returns the bytes read.
+
+        index: of the tensor in the geometry. first: the first expert.
+        target: contiguous [n, *shape], uint16 standing for bfloat16, else the resident dtype.
+            Bytes go straight into it when it has the dtype of the file; floats of another dtype
+            are converted on the way.
+        ExpertReadError on a short read or an I/O error; `target` may then be partly overwritten.
+        """
+        tensor, info = self._geometries[layer].tensors[index], self._infos[layer][index]
+        each = tensor.bytes_on_disk
+        if target.dtype == _numpy_dtype(tensor.dtype):
+            view = target.reshape(-1).view(np.uint8)
+            self.checkpoint.pread_into(info, first * each, view.data)
+            return view.nbytes
+        step = max(1, STAGING_BYTES // each)
+        for start in range(0, len(target), step):
+            part = target[start : start + step]
+            staging = np.empty(part.shape, _numpy_dtype(tensor.dtype))
+            view = staging.reshape(-1).view(np.uint8)
+            self.checkpoint.pread_into(info, (first + start) * each, view.data)
+            part[...] = _convert(staging, part.dtype)
+        return len(target) * each
+
+    def _describe(self, layer: int) -> tuple[tuple[TensorInfo, ...], Geometry]:
+        config, checkpoint = self.config, self.checkpoint
+        hidden, inner = config.hidden_size, config.moe_intermediate_size
+        sizes = {"gate_proj": (inner, hidden), "up_proj": (inner, hidden)}
+        sizes["down_proj"] = (hidden, inner)
+        mlp = f"{config.prefix}layers.{layer}.mlp"
+        infos: list[TensorInfo] = []
+        tensors: list[ExpertTensor] = []
+        quantizations = []
+        for projection in PROJECTIONS:
+            path = f"{mlp}.switch_mlp.{projection}"
+            if f"{path}.weight" not in checkpoint.tensors:
+                unstacked = any(name.startswith(f"{mlp}.experts.") for name in checkpoint.tensors)
+                raise CheckpointError(
+                    f"{checkpoint.folder}: tensor {path}.weight is missing"
+                    + (
+                        f"; layer {layer} has experts under {mlp}.experts instead, expected the "
+                        "stacked layout of mlx-community (mlx_lm.convert makes it)"
+                        if unstacked
+                        else ""
+                    )
+                )
+            out, into = sizes[projection]
+            quantization = checkpoint.quantization(path, into)
+            quantizations.append(quantization)
+            shapes = {"weight": (out, into)}
+            if quantization is not None:
+                groups = (out, into // quantization.group_size)
+                shapes = {"weight": (out, into * quantization.bits // 32)}
+                shapes |= {"scales": groups, "biases": groups}
+            for tensor, shape in shapes.items():
+                info = checkpoint.info(f"{path}.{tensor}", (config.num_experts, *shape))
+                infos.append(info)
+                tensors.append(ExpertTensor(projection, tensor, shape, info.dtype))
+        return tuple(infos), Geometry(tuple(tensors), tuple(quantizations))
+
+
+def _numpy_dtype(dtype: str) -> np.dtype:
+    """The NumPy dtype that holds a file dtype; uint16 for bfloat16, which NumPy does not know."""
+    names = {"BF16": "uint16", "F16": "float16", "F32": "float32", "U32": "uint32"}
+    return np.dtype(names[dtype])
+
+
+def _convert(values: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """Floats to another width, as MLX rounds (to nearest, ties to even); uint16 is bfloat16."""
+    if values.dtype == np.uint16:
+        wide = (values.astype(np.uint32) << 16).view(np.float32)
+    else:
+        wide = values.astype(np.float32)
+    if dtype != np.uint16:
+        return wide.astype(dtype)
+    bits = wide.view(np.uint32)
+    rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+    return np.where(np.isnan(wide), 0x7FC0, rounded).astype(np.uint16)
