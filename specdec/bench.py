@@ -1,0 +1,181 @@
+"""A sweep of prompts and budgets: who runs when, what is compared, how it is told.
+
+Repeats are the outer loop and budgets the inner one, so that a machine that slows down slows down
+every budget alike. Refuses prompt files with missing fields or repeated ids.
+"""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from specdec.errors import PromptError
+from specdec.metrics import Aggregate, Metrics, aggregate, measure
+from specdec.units import number, percent, size, table
+
+if TYPE_CHECKING:
+    from specdec.generation import Result
+
+ALL = "all"
+"""The class that holds every prompt."""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One line of a prompt file: {"id", "class", "prompt"}."""
+
+    id: str
+    kind: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Run:
+    """One generation of the sweep."""
+
+    prompt: Prompt
+    budget: int
+    repeat: int
+    metrics: Metrics
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """All runs, in the order in which they ran."""
+
+    prompts: tuple[Prompt, ...]
+    budgets: tuple[int, ...]
+    repeats: int
+    runs: tuple[Run, ...]
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Prompt classes in file order, then "all" if there is more than one."""
+        kinds = tuple(dict.fromkeys(prompt.kind for prompt in self.prompts))
+        return kinds if len(kinds) == 1 else (*kinds, ALL)
+
+    def aggregate(self, kind: str, budget: int) -> Aggregate:
+        """The figures of a class at a budget; speed-up against budget 1 if it was run."""
+        plain = self._groups(kind, 1) if 1 in self.budgets else None
+        return aggregate(self._groups(kind, budget), plain)
+
+    def disagreements(self) -> tuple[str, ...]:
+        """Ids of prompts whose tokens were not the same in every run."""
+        hashes: dict[str, set[str]] = {}
+        for run in self.runs:
+            hashes.setdefault(run.prompt.id, set()).add(run.metrics.token_sha256)
+        return tuple(name for name, found in hashes.items() if len(found) > 1)
+
+    def _groups(self, kind: str, budget: int) -> list[list[Metrics]]:
+        """Per prompt of the class, its repeats at the budget."""
+        return [
+            [run.metrics for run in self.runs if run.prompt == prompt and run.budget == budget]
+            for prompt in self.prompts
+            if kind in (prompt.kind, ALL)
+        ]
+
+
+def read_prompts(path: Path) -> tuple[Prompt, ...]:
+    """The prompts of a JSON-lines file; PromptError names the file and line."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError) as error:
+        raise PromptError(f"{path}: cannot be read: {error}") from error
+    prompts: list[Prompt] = []
+    for at, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            value = json.loads(line)
+        except ValueError as error:
+            raise PromptError(f"{path}:{at}: not JSON: {error}") from error
+        fields = ("id", "class", "prompt")
+        if not isinstance(value, dict) or not all(
+            isinstance(value.get(field), str) and value[field] for field in fields
+        ):
+            raise PromptError(
+                f'{path}:{at}: expected an object with non-empty texts "id", "class" and "prompt"'
+            )
+        if any(prompt.id == value["id"] for prompt in prompts):
+            raise PromptError(f"{path}:{at}: id {value['id']!r} stands there twice")
+        if value["class"] == ALL:
+            raise PromptError(f'{path}:{at}: class "{ALL}" is the name of the total')
+        prompts.append(Prompt(value["id"], value["class"], value["prompt"]))
+    if not prompts:
+        raise PromptError(f"{path}: holds no prompt")
+    return tuple(prompts)
+
+
+def sweep(
+    generate: "Callable[[Prompt, int], Result]",
+    prompts: Sequence[Prompt],
+    budgets: Sequence[int],
+    repeats: int,
+    on_run: Callable[[Run], None],
+) -> Sweep:
+    """Run every prompt at every budget, `repeats` times, after one untimed run per budget.
+
+    `generate(prompt, budget)` makes one run; `on_run` is told of each as it ends.
+    """
+    for budget in budgets:  # first uses compile kernels and fill caches
+        generate(prompts[0], budget)
+    runs: list[Run] = []
+    for repeat in range(repeats):
+        for prompt in prompts:
+            for budget in budgets:
+                runs.append(Run(prompt, budget, repeat, measure(generate(prompt, budget))))
+                on_run(runs[-1])
+    return Sweep(tuple(prompts), tuple(budgets), repeats, tuple(runs))
+
+
+def report(done: Sweep) -> str:
+    """One table per class, a row per budget, then whether all runs agree."""
+    blocks = [_class_table(done, kind) for kind in done.classes]
+    differing = done.disagreements()
+    if differing:
+        blocks.append("tokens DIFFER between runs of: " + ", ".join(differing))
+    else:
+        blocks.append(f"tokens equal over all budgets and repeats, {len(done.prompts)} prompts")
+    slower = [
+        str(budget)
+        for budget in done.budgets
+        if budget > 1 and (done.aggregate(done.classes[-1], budget).speedup or 1) < 1
+    ]
+    if slower:
+        blocks.append("SLOWER than plain decoding at budget " + ", ".join(slower))
+    return "\n\n".join(blocks)
+
+
+def _class_table(done: Sweep, kind: str) -> str:
+    rows: list[tuple[str, ...]] = [
+        (
+            "budget",
+            "decode tok/s",
+            "speed-up",
+            "acceptance",
+            "P(>=1)",
+            "P(>=2)",
+            "P(>=4)",
+            "first token s",
+            "hit rate",
+            "read/token",
+        )
+    ]
+    for budget in done.budgets:
+        one = done.aggregate(kind, budget)
+        depths = [percent(one.depths[k - 1]) if len(one.depths) >= k else "-" for k in (1, 2, 4)]
+        rows.append(
+            (
+                str(budget),
+                number(one.decode_tokens_per_second),
+                number(one.speedup, 2),
+                number(one.acceptance_length, 2),
+                *depths,
+                number(one.seconds_to_first_token, 2),
+                percent(one.effective_hit_rate),
+                "-" if one.bytes_per_token is None else size(one.bytes_per_token),
+            )
+        )
+    count = done.aggregate(kind, done.budgets[0]).prompts
+    return f"{kind} ({count} prompts, {done.repeats} repeats, medians)\n{table(rows)}"

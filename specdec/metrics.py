@@ -1,0 +1,334 @@
+"""Every figure this project reports, defined once.
+
+A run is one prompt's generation: a prefill that emits the first token, then rounds of draft,
+build, verify and commit. All definitions stand in the docstrings below; docs/metrics.md gives
+them with examples. Times come from `generation.Result` (wall clock); this module only divides.
+A figure whose divisor is zero is None, never 0 or infinity.
+"""
+
+import resource
+import statistics
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from specdec.errors import SpecdecError
+
+if TYPE_CHECKING:  # for types only: counting must not pay for importing MLX
+    from specdec.generation import Result
+    from specdec.target.expert_cache import LayerCounters
+
+PHASES = ("draft", "build", "verify", "commit")
+
+ACCEPTANCE_LENGTH = "tokens committed per round: 1 bonus token + accepted draft tokens"
+"""The definition that is printed beside the figure."""
+
+
+@dataclass(frozen=True)
+class Depth:
+    """How often the accepted path went `depth` draft tokens deep.
+
+    reached: share of rounds that accepted at least `depth` draft tokens, P(accepted >= depth).
+    conditional: reached at this depth / reached at the depth above (1 for the root).
+    """
+
+    depth: int
+    reached: float
+    conditional: float | None
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One phase's time: mean milliseconds per round, and share of the decode time.
+
+    "other" is what lies between the phases: emitting text, counting.
+    """
+
+    name: str
+    ms_per_round: float
+    share: float
+
+
+@dataclass(frozen=True)
+class LayerExperts:
+    """One layer's expert traffic; a request is one distinct expert needed by one forward pass."""
+
+    layer: int
+    pinned: bool
+    hits: int
+    misses: int
+    bytes_read: int
+
+
+@dataclass(frozen=True)
+class ExpertMetrics:
+    """Expert traffic of a run, prefill included.
+
+    hits, misses: requests of unpinned layers found in a slot, and read from disk.
+    pinned_requests: requests of pinned layers, which never read.
+    hit_rate: hits / (hits + misses), unpinned layers only.
+    effective_hit_rate: (hits + pinned_requests) / all requests. Pinning more layers can lower
+        `hit_rate` (fewer slots for the rest) while it raises this one: compare settings by this.
+    bytes_read: bytes read from disk, counted at the read.
+    bytes_per_token: bytes_read / generated tokens.
+    """
+
+    hits: int
+    misses: int
+    pinned_requests: int
+    hit_rate: float | None
+    effective_hit_rate: float | None
+    bytes_read: int
+    bytes_per_token: float | None
+    layers: tuple[LayerExperts, ...]
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """The figures of one run.
+
+    prompt_tokens: tokens of the prompt, template included.
+    generated_tokens: tokens emitted, the first (from the prefill) and an end token included.
+    prefill_tokens_per_second: prompt_tokens / prefill_seconds.
+    seconds_to_first_token: from the request to the first token, loading excluded.
+    decode_seconds: from the first token to the end of the run.
+    decode_tokens_per_second: (generated_tokens - 1) / decode_seconds. Tokens that the last round
+        committed beyond the end (stop string, limit) are not counted, its time is.
+    rounds: verify passes.
+    drafted: tree nodes verified, roots not counted; accepted: those that were committed.
+    acceptance_length: (accepted + rounds) / rounds, bonus token counted; 1 for plain decoding.
+    acceptance_rate: accepted / drafted.
+    drafted_share: accepted / (accepted + rounds), the share of tokens that came from the draft.
+    depths: P(accepted >= k) for k = 1 .. deepest tree.
+    """
+
+    prompt_tokens: int
+    generated_tokens: int
+    finish: str
+    prefill_seconds: float
+    prefill_tokens_per_second: float | None
+    seconds_to_first_token: float
+    decode_seconds: float
+    decode_tokens_per_second: float | None
+    rounds: int
+    drafted: int
+    accepted: int
+    acceptance_length: float | None
+    acceptance_rate: float | None
+    drafted_share: float | None
+    depths: tuple[Depth, ...]
+    phases: tuple[Phase, ...]
+    experts: ExpertMetrics
+    token_sha256: str
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Peak memory of the process since it started, and what was planned, in bytes.
+
+    process: largest resident set, as the operating system counts it (Python and libraries too).
+    mlx: largest amount MLX had allocated.
+    planned: the memory plan's total.
+    """
+
+    process: int
+    mlx: int
+    planned: int
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The same prompt without (`plain`) and with (`speculative`) speculation.
+
+    speedup: decode tokens/s, speculative over plain; prefill excluded.
+    first_difference: position of the first token that differs; None when all agree.
+    """
+
+    plain: Metrics
+    speculative: Metrics
+    speedup: float | None
+    first_difference: int | None
+
+    @property
+    def equal(self) -> bool:
+        """Whether both runs emitted the same tokens."""
+        return self.first_difference is None
+
+
+def measure(result: "Result") -> Metrics:
+    """The figures of one run."""
+    rounds = result.rounds
+    drafted = sum(one.tree.rows - 1 for one in rounds)
+    accepted = sum(one.accepted for one in rounds)
+    return Metrics(
+        prompt_tokens=result.prefill.prompt_tokens,
+        generated_tokens=len(result.tokens),
+        finish=result.finish,
+        prefill_seconds=result.prefill.seconds,
+        prefill_tokens_per_second=ratio(result.prefill.prompt_tokens, result.prefill.seconds),
+        seconds_to_first_token=result.seconds_to_first_token,
+        decode_seconds=result.decode_seconds,
+        decode_tokens_per_second=ratio(max(len(result.tokens) - 1, 0), result.decode_seconds),
+        rounds=len(rounds),
+        drafted=drafted,
+        accepted=accepted,
+        acceptance_length=ratio(accepted + len(rounds), len(rounds)),
+        acceptance_rate=ratio(accepted, drafted),
+        drafted_share=ratio(accepted, accepted + len(rounds)),
+        depths=_depths(result),
+        phases=_phases(result),
+        experts=_experts(result.experts, len(result.tokens)),
+        token_sha256=result.token_sha256,
+    )
+
+
+def compare(plain: "Result", speculative: "Result") -> Comparison:
+    """Both runs of one prompt, side by side."""
+    before, after = measure(plain), measure(speculative)
+    speedup = None
+    if before.decode_tokens_per_second and after.decode_tokens_per_second:
+        speedup = after.decode_tokens_per_second / before.decode_tokens_per_second
+    return Comparison(before, after, speedup, first_difference(plain.tokens, speculative.tokens))
+
+
+@dataclass(frozen=True)
+class Aggregate:
+    """Figures of one class of prompts at one budget, every prompt weighing the same.
+
+    decode_tokens_per_second, prefill_tokens_per_second, seconds_to_first_token: median over
+        prompts of the median over repeats.
+    speedup: median over prompts of this budget's median decode tokens/s over that of budget 1;
+        None when budget 1 was not run.
+    acceptance_length, bytes_per_token, effective_hit_rate: mean over prompts of the per-prompt
+        mean (for the first: "average acceptance length" of the DFlash papers).
+    depths: rounds of all prompts together that accepted at least k draft tokens, k = 1, 2, ...
+    """
+
+    prompts: int
+    decode_tokens_per_second: float | None
+    prefill_tokens_per_second: float | None
+    seconds_to_first_token: float | None
+    speedup: float | None
+    acceptance_length: float | None
+    depths: tuple[float, ...]
+    bytes_per_token: float | None
+    effective_hit_rate: float | None
+
+
+def aggregate(
+    prompts: Sequence[Sequence[Metrics]], plain: Sequence[Sequence[Metrics]] | None
+) -> Aggregate:
+    """`prompts`: per prompt its repeats at one budget; `plain`: the same at budget 1, if run."""
+    speeds = [median([one.decode_tokens_per_second for one in runs]) for runs in prompts]
+    speedups: list[float | None] = []
+    if plain is not None:
+        for runs, speed in zip(plain, speeds, strict=True):
+            base = median([one.decode_tokens_per_second for one in runs])
+            speedups.append(speed / base if speed is not None and base else None)
+    runs = [one for repeats in prompts for one in repeats]
+    rounds = sum(one.rounds for one in runs)
+    deepest = max((len(one.depths) for one in runs), default=0)
+    return Aggregate(
+        prompts=len(prompts),
+        decode_tokens_per_second=median(speeds),
+        prefill_tokens_per_second=median(
+            [median([one.prefill_tokens_per_second for one in runs]) for runs in prompts]
+        ),
+        seconds_to_first_token=median(
+            [median([one.seconds_to_first_token for one in runs]) for runs in prompts]
+        ),
+        speedup=median(speedups),
+        acceptance_length=_mean(
+            [_mean([one.acceptance_length for one in repeats]) for repeats in prompts]
+        ),
+        depths=tuple(
+            sum(one.rounds * one.depths[k].reached for one in runs if k < len(one.depths)) / rounds
+            for k in range(deepest)
+        ),
+        bytes_per_token=_mean(
+            [_mean([one.experts.bytes_per_token for one in repeats]) for repeats in prompts]
+        ),
+        effective_hit_rate=_mean(
+            [_mean([one.experts.effective_hit_rate for one in repeats]) for repeats in prompts]
+        ),
+    )
+
+
+def first_difference(left: Sequence[int], right: Sequence[int]) -> int | None:
+    """The first position at which two token sequences differ, a missing token included."""
+    for position, (one, other) in enumerate(zip(left, right, strict=False)):
+        if one != other:
+            return position
+    return None if len(left) == len(right) else min(len(left), len(right))
+
+
+def ratio(numerator: float, denominator: float) -> float | None:
+    """numerator / denominator, or None when there is nothing to divide by."""
+    return numerator / denominator if denominator else None
+
+
+def median(values: Sequence[float | None]) -> float | None:
+    """The median of the values that exist."""
+    present = [value for value in values if value is not None]
+    return statistics.median(present) if present else None
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    present = [value for value in values if value is not None]
+    return statistics.fmean(present) if present else None
+
+
+def peak_process_bytes() -> int:
+    """Largest resident set of this process so far (getrusage: KiB on Linux, bytes on macOS)."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    if sys.platform == "darwin":
+        return peak
+    if sys.platform == "linux":
+        return peak * 1024
+    raise SpecdecError(f"peak memory is not known how to read on {sys.platform}")
+
+
+def _depths(result: "Result") -> tuple[Depth, ...]:
+    deepest = max((int(one.tree.depths.max()) for one in result.rounds), default=0)
+    depths: list[Depth] = []
+    above = 1.0
+    for depth in range(1, deepest + 1):
+        reached = sum(one.accepted >= depth for one in result.rounds) / len(result.rounds)
+        depths.append(Depth(depth, reached, ratio(reached, above)))
+        above = reached
+    return tuple(depths)
+
+
+def _phases(result: "Result") -> tuple[Phase, ...]:
+    if not result.rounds:
+        return ()
+    seconds = {name: sum(getattr(one.seconds, name) for one in result.rounds) for name in PHASES}
+    # The clock around all rounds encloses theirs; rounding may still put it a hair below.
+    total = max(result.decode_seconds, sum(seconds.values()))
+    seconds["other"] = total - sum(seconds.values())
+    return tuple(
+        Phase(name, 1000 * value / len(result.rounds), ratio(value, total) or 0.0)
+        for name, value in seconds.items()
+    )
+
+
+def _experts(counters: Sequence["LayerCounters"], tokens: int) -> ExpertMetrics:
+    layers = tuple(
+        LayerExperts(one.layer, one.pinned, one.hits, one.misses, one.bytes_read)
+        for one in counters
+    )
+    hits = sum(one.hits for one in layers if not one.pinned)
+    misses = sum(one.misses for one in layers if not one.pinned)
+    pinned = sum(one.hits for one in layers if one.pinned)
+    bytes_read = sum(one.bytes_read for one in layers)
+    return ExpertMetrics(
+        hits=hits,
+        misses=misses,
+        pinned_requests=pinned,
+        hit_rate=ratio(hits, hits + misses),
+        effective_hit_rate=ratio(hits + pinned, hits + misses + pinned),
+        bytes_read=bytes_read,
+        bytes_per_token=ratio(bytes_read, tokens),
+        layers=layers,
+    )

@@ -1,0 +1,148 @@
+"""The JSON that `--json` writes: docs/json.md describes it. Nothing is half written.
+
+Refuses a path that cannot be written before any work is done, and replaces an existing file only
+by a complete one.
+"""
+
+import json
+import os
+import platform
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+import specdec
+from specdec.errors import SpecdecError
+
+if TYPE_CHECKING:
+    from specdec.bench import Sweep
+    from specdec.generation import Result
+    from specdec.metrics import Comparison, Memory, Metrics
+    from specdec.plan import MemoryPlan
+
+SCHEMA = 1
+"""Raised when a field changes its meaning or goes; new fields do not raise it."""
+
+
+class JsonFile:
+    """A JSON file to be: proves on entry that it can be written, appears whole or not at all.
+
+    Use as a context manager and call `write` once at the end; leaving without it leaves an older
+    file of that name as it was. A path of None writes nothing.
+    """
+
+    def __init__(self, path: str | None) -> None:
+        self._path = Path(path).absolute() if path is not None else None
+
+    def __enter__(self) -> Self:
+        if self._path is None:
+            return self
+        self._draft = self._path.with_name(f".{self._path.name}.{os.getpid()}.part")
+        if self._path.exists() and not self._path.is_file():
+            raise SpecdecError(f"--json {self._path}: exists and is not a file")
+        if self._path.exists() and not os.access(self._path, os.W_OK):
+            raise SpecdecError(f"--json {self._path}: exists and may not be written")
+        try:
+            self._draft.touch()
+        except OSError as error:
+            raise SpecdecError(
+                f"--json {self._path}: cannot be written: {error.strerror}"
+            ) from error
+        return self
+
+    def write(self, document: dict[str, Any]) -> None:
+        """Put `document` in place."""
+        if self._path is None:
+            return
+        try:
+            text = json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False)
+            self._draft.write_text(text + "\n", encoding="utf-8")
+            os.replace(self._draft, self._path)
+        except OSError as error:
+            raise SpecdecError(
+                f"--json {self._path}: cannot be written: {error.strerror}"
+            ) from error
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._path is not None:
+            self._draft.unlink(missing_ok=True)
+
+
+def head(kind: str, settings: dict[str, Any], plan: "MemoryPlan", memory: "Memory") -> dict:
+    """What every document begins with: who wrote it, where, how it was asked, what was planned."""
+    import mlx.core as mx
+
+    return {
+        "schema": SCHEMA,
+        "kind": kind,
+        "specdec": specdec.__version__,
+        "environment": {
+            "python": platform.python_version(),
+            "mlx": mx.__version__,
+            "device": str(mx.default_device()),
+            "system": sys.platform,
+            "machine": platform.machine(),
+        },
+        "settings": settings,
+        "plan": asdict(plan),
+        "memory": asdict(memory),
+    }
+
+
+def run(result: "Result", metrics: "Metrics") -> dict[str, Any]:
+    """One run: its figures, its tokens and text, and every round."""
+    return {
+        "metrics": asdict(metrics),
+        "text": result.text,
+        "tokens": list(result.tokens),
+        "rounds": [
+            {
+                "nodes": one.tree.rows - 1,
+                "depth": int(one.tree.depths.max()),
+                "accepted": one.accepted,
+                "seconds": asdict(one.seconds),
+            }
+            for one in result.rounds
+        ],
+    }
+
+
+def comparison(done: "Comparison") -> dict[str, Any]:
+    """The verdict on two runs."""
+    return {
+        "order": ["autoregressive", "speculative"],
+        "speedup": done.speedup,
+        "tokens_equal": done.equal,
+        "first_difference": done.first_difference,
+    }
+
+
+def bench(done: "Sweep") -> dict[str, Any]:
+    """Aggregates per class and budget, then every run's figures."""
+    return {
+        "budgets": list(done.budgets),
+        "repeats": done.repeats,
+        "prompts": [{"id": one.id, "class": one.kind} for one in done.prompts],
+        "classes": {
+            kind: {str(budget): asdict(done.aggregate(kind, budget)) for budget in done.budgets}
+            for kind in done.classes
+        },
+        "tokens_equal": not done.disagreements(),
+        "disagreements": list(done.disagreements()),
+        "runs": [
+            {
+                "prompt": one.prompt.id,
+                "budget": one.budget,
+                "repeat": one.repeat,
+                "metrics": asdict(one.metrics),
+            }
+            for one in done.runs
+        ],
+    }

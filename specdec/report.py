@@ -1,0 +1,146 @@
+"""What a run is told in words: a summary, and two runs side by side. Figures: specdec.metrics."""
+
+from specdec.metrics import ACCEPTANCE_LENGTH, Comparison, Memory, Metrics
+from specdec.units import number, percent, size, table
+
+
+def summary(metrics: Metrics, memory: Memory) -> str:
+    """The figures of one run, one subject a line."""
+    rows = [
+        ("prompt", _prompt(metrics)),
+        ("generated", _generated(metrics)),
+        ("acceptance", _acceptance(metrics)),
+        *_depths(metrics),
+        ("round", _phases(metrics)),
+        ("experts", _experts(metrics)),
+        ("", _expert_bytes(metrics)),
+        ("memory", memory_line(memory)),
+        ("tokens", f"sha256 {metrics.token_sha256}"),
+    ]
+    return "\n".join(f"{label:<12}{text}" for label, text in rows)
+
+
+def side_by_side(comparison: Comparison, memory: Memory) -> str:
+    """Both runs of a comparison in two columns, then the verdict in words."""
+    runs = (comparison.plain, comparison.speculative)
+    rows: list[tuple[str, ...]] = [
+        ("", "autoregressive", "speculative"),
+        ("prompt tokens", *(str(run.prompt_tokens) for run in runs)),
+        ("generated tokens", *(str(run.generated_tokens) for run in runs)),
+        ("prefill tok/s", *(number(run.prefill_tokens_per_second) for run in runs)),
+        ("first token after, s", *(number(run.seconds_to_first_token, 2) for run in runs)),
+        ("decode tok/s", *(number(run.decode_tokens_per_second) for run in runs)),
+        ("rounds", *(str(run.rounds) for run in runs)),
+        ("mean acceptance length", *(number(run.acceptance_length, 2) for run in runs)),
+        ("accepted / drafted", *(f"{run.accepted} / {run.drafted}" for run in runs)),
+    ]
+    names = [phase.name for phase in comparison.speculative.phases]
+    for name in names:
+        rows.append((f"{name}, ms per round", *(_phase_ms(run, name) for run in runs)))
+    rows += [
+        ("expert hits (unpinned)", *(str(run.experts.hits) for run in runs)),
+        ("expert misses (unpinned)", *(str(run.experts.misses) for run in runs)),
+        ("hit rate (unpinned)", *(percent(run.experts.hit_rate) for run in runs)),
+        ("hit rate (with pinned)", *(percent(run.experts.effective_hit_rate) for run in runs)),
+        ("read per token", *(_bytes(run.experts.bytes_per_token) for run in runs)),
+    ]
+    lines = [table(rows), "", f"mean acceptance length: {ACCEPTANCE_LENGTH}"]
+    lines += [f"{label:<12}{text}" for label, text in _depths(comparison.speculative)]
+    lines += [f"memory      {memory_line(memory)}", *verdict(comparison)]
+    return "\n".join(lines)
+
+
+def verdict(comparison: Comparison) -> list[str]:
+    """Speed-up and agreement in plain words, bad news included."""
+    speedup = comparison.speedup
+    if speedup is None:
+        lines = ["speed-up    none to tell: a run is too short to time"]
+    else:
+        lines = [f"speed-up    {speedup:.2f}x (decode tok/s, prefill excluded)"]
+        if speedup < 1:
+            lines.append(
+                f"            Speculation was SLOWER than plain decoding here: {speedup:.2f} times "
+                "its speed. A smaller --budget may help."
+            )
+    if comparison.equal:
+        lines.append(f"tokens      equal, sha256 {comparison.plain.token_sha256}")
+    else:
+        lines.append(
+            f"tokens      DIFFER from position {comparison.first_difference} on: "
+            f"autoregressive sha256 {comparison.plain.token_sha256}, "
+            f"speculative sha256 {comparison.speculative.token_sha256}"
+        )
+    return lines
+
+
+def memory_line(memory: Memory) -> str:
+    """Peak against plan; says so when the plan was overrun."""
+    over = memory.process - memory.planned
+    text = (
+        f"peak {size(memory.process)} resident ({size(memory.mlx)} of it in MLX), "
+        f"planned {size(memory.planned)}"
+    )
+    if over > 0:
+        text += f": {percent(over / memory.planned)} ABOVE the plan"
+    return text
+
+
+def _prompt(metrics: Metrics) -> str:
+    return (
+        f"{metrics.prompt_tokens} tokens, prefill "
+        f"{number(metrics.prefill_tokens_per_second)} tok/s, "
+        f"first token after {number(metrics.seconds_to_first_token, 2)} s"
+    )
+
+
+def _generated(metrics: Metrics) -> str:
+    return (
+        f"{metrics.generated_tokens} tokens, decode "
+        f"{number(metrics.decode_tokens_per_second)} tok/s, ended by: {metrics.finish}"
+    )
+
+
+def _acceptance(metrics: Metrics) -> str:
+    text = f"{metrics.rounds} rounds, mean length {number(metrics.acceptance_length, 2)}"
+    if metrics.drafted:
+        text += (
+            f" ({ACCEPTANCE_LENGTH}); accepted {metrics.accepted} of {metrics.drafted} drafted "
+            f"({percent(metrics.acceptance_rate)})"
+        )
+    return text
+
+
+def _depths(metrics: Metrics) -> list[tuple[str, str]]:
+    if not metrics.depths:
+        return []
+    reached = ", ".join(f"{one.depth}: {percent(one.reached)}" for one in metrics.depths)
+    return [("", f"rounds that accepted at least k draft tokens: {reached}")]
+
+
+def _phases(metrics: Metrics) -> str:
+    return ", ".join(
+        f"{one.name} {one.ms_per_round:.2f} ms ({percent(one.share)})" for one in metrics.phases
+    )
+
+
+def _experts(metrics: Metrics) -> str:
+    experts = metrics.experts
+    return (
+        f"{experts.hits} hits, {experts.misses} misses in unpinned layers "
+        f"({percent(experts.hit_rate)} hit), {percent(experts.effective_hit_rate)} with pinned "
+        "layers counted"
+    )
+
+
+def _expert_bytes(metrics: Metrics) -> str:
+    experts = metrics.experts
+    return f"{size(experts.bytes_read)} read, {_bytes(experts.bytes_per_token)} per token"
+
+
+def _phase_ms(metrics: Metrics, name: str) -> str:
+    found = [one.ms_per_round for one in metrics.phases if one.name == name]
+    return number(found[0] if found else None, 2)
+
+
+def _bytes(count: float | None) -> str:
+    return "-" if count is None else size(count)

@@ -1,0 +1,100 @@
+"""The sweep: order, medians per class, agreement of tokens, the shipped prompts."""
+
+import re
+
+import pytest
+
+from specdec import bench, record
+from specdec.errors import PromptError
+from tests.results import sweep_by_hand
+
+
+def test_budgets_are_the_inner_loop_and_repeats_the_outer():
+    seen = []
+    sweep_by_hand({1: [0] * 3, 4: [1, 1]}, on_run=seen.append)
+    order = [(run.repeat, run.prompt.id, run.budget) for run in seen]
+    assert order == [(r, p, b) for r in (0, 1) for p in ("a", "b") for b in (1, 4)]
+
+
+def test_every_budget_warms_up_untimed():
+    calls = []
+    done = bench.sweep(
+        lambda prompt, budget: calls.append(budget) or _one(),
+        (bench.Prompt("a", "python", "x"),),
+        (1, 6),
+        1,
+        lambda run: None,
+    )
+    assert calls == [1, 6, 1, 6]
+    assert len(done.runs) == 2
+
+
+def _one():
+    from tests.results import result
+
+    return result(accepted=[1], nodes=2)
+
+
+def test_classes_and_their_figures():
+    done = sweep_by_hand({1: [0] * 3, 4: [1, 1]})
+    assert done.classes == ("python", "prose", "all")
+    one = done.aggregate("python", 4)
+    assert one.prompts == 1
+    assert one.acceptance_length == 2
+    assert one.speedup == pytest.approx((3 / 2) / (3 / 3))
+    assert done.aggregate("all", 4).prompts == 2
+    assert sweep_by_hand({4: [1, 1]}).aggregate("all", 4).speedup is None
+
+
+def test_different_tokens_are_found_and_told():
+    assert sweep_by_hand({1: [0] * 3, 4: [1, 1]}).disagreements() == ()
+    done = sweep_by_hand({1: [0] * 3, 4: [1, 1]}, wrong={("b", 4)})
+    assert done.disagreements() == ("b",)
+    assert "tokens DIFFER between runs of: b" in bench.report(done)
+    assert record.bench(done)["tokens_equal"] is False
+
+
+def test_the_report_is_readable_and_honest():
+    text = bench.report(sweep_by_hand({1: [0] * 3, 4: [1, 1], 6: [0] * 5}))
+    assert re.search(r"^python \(1 prompts, 2 repeats, medians\)$", text, re.MULTILINE)
+    assert re.search(r"^1 +1\.0 +1\.00 +1\.00 ", text, re.MULTILINE)
+    assert re.search(r"^4 +1\.5 +1\.50 +2\.00 +100\.0 % ", text, re.MULTILINE)
+    assert "tokens equal over all budgets and repeats, 2 prompts" in text
+    assert "SLOWER than plain decoding at budget 6" in text
+    assert "None" not in text
+
+
+def test_prompt_files(tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text(
+        '{"id": "a", "class": "python", "prompt": "def f"}\n\n'
+        '{"id": "b", "class": "prose", "prompt": "Grüße\\n", "note": 1}\n'
+    )
+    assert bench.read_prompts(path) == (
+        bench.Prompt("a", "python", "def f"),
+        bench.Prompt("b", "prose", "Grüße\n"),
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", "holds no prompt"),
+        ("{", ":1: not JSON"),
+        ("[1]", ":1: expected an object"),
+        ('{"id": "a", "class": "x"}', ":1: expected an object"),
+        ('{"id": "a", "class": "x", "prompt": ""}', ":1: expected an object"),
+        ('{"id": "a", "class": "all", "prompt": "p"}', "is the name of the total"),
+        ('{"id": "a", "class": "x", "prompt": "p"}\n' * 2, ":2: id 'a' stands there twice"),
+    ],
+)
+def test_broken_prompt_files_are_named(tmp_path, text, words):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text(text)
+    with pytest.raises(PromptError, match=f"prompts.jsonl.*{words}"):
+        bench.read_prompts(path)
+
+
+def test_a_missing_prompt_file_is_named(tmp_path):
+    with pytest.raises(PromptError, match=r"nope\.jsonl: cannot be read"):
+        bench.read_prompts(tmp_path / "nope.jsonl")
