@@ -55,7 +55,7 @@ def read_json(file: Path) -> dict[str, Any]:
         content = json.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise CheckpointError(f"{file}: cannot be read: {error.strerror}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{file}: not valid JSON: {error}") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{file}: holds a {type(content).__name__}, expected an object")
@@ -96,7 +96,7 @@ def read_header(file: Path, descriptor: int) -> dict[str, TensorInfo]:
             (str(name), str(entry["dtype"]), *_extents(entry["shape"], entry["data_offsets"]))
             for name, entry in header.items()
         ]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{file}: the safetensors header is broken: {error!r}") from error
     tensors = {}
     for name, dtype, shape, (begin, end) in entries:
