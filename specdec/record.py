@@ -9,11 +9,12 @@ import os
 import platform
 import sys
 from dataclasses import asdict
+from importlib import metadata
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
-import specdec
+from specdec import __version__
 from specdec.errors import SpecdecError
 
 if TYPE_CHECKING:
@@ -82,10 +83,10 @@ def head(kind: str, settings: dict[str, Any], plan: "MemoryPlan", memory: "Memor
     return {
         "schema": SCHEMA,
         "kind": kind,
-        "specdec": specdec.__version__,
+        "specdec": __version__,
         "environment": {
             "python": platform.python_version(),
-            "mlx": mx.__version__,
+            "mlx": metadata.version("mlx"),
             "device": str(mx.default_device()),
             "system": sys.platform,
             "machine": platform.machine(),

@@ -6,33 +6,27 @@ import pytest
 
 from specdec import bench, record
 from specdec.errors import PromptError
-from tests.results import sweep_by_hand
+from tests.results import result, sweep_by_hand
 
 
 def test_budgets_are_the_inner_loop_and_repeats_the_outer():
-    seen = []
+    seen: list[bench.Run] = []
     sweep_by_hand({1: [0] * 3, 4: [1, 1]}, on_run=seen.append)
     order = [(run.repeat, run.prompt.id, run.budget) for run in seen]
     assert order == [(r, p, b) for r in (0, 1) for p in ("a", "b") for b in (1, 4)]
 
 
 def test_every_budget_warms_up_untimed():
-    calls = []
-    done = bench.sweep(
-        lambda prompt, budget: calls.append(budget) or _one(),
-        (bench.Prompt("a", "python", "x"),),
-        (1, 6),
-        1,
-        lambda run: None,
-    )
+    calls: list[int] = []
+
+    def generate(prompt, budget):
+        calls.append(budget)
+        return result(accepted=[1], nodes=2)
+
+    prompts = (bench.Prompt("a", "python", "x"),)
+    done = bench.sweep(generate, prompts, (1, 6), 1, lambda run: None)
     assert calls == [1, 6, 1, 6]
     assert len(done.runs) == 2
-
-
-def _one():
-    from tests.results import result
-
-    return result(accepted=[1], nodes=2)
 
 
 def test_classes_and_their_figures():

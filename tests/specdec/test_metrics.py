@@ -127,6 +127,7 @@ def test_the_figures_agree_with_each_other(accepted, decode_seconds):
     metrics = measure(result(accepted=accepted, nodes=6, decode_seconds=decode_seconds))
     # The mean acceptance length is 1 + the sum over depths of P(accepted >= depth).
     assert metrics.acceptance_length == pytest.approx(1 + sum(d.reached for d in metrics.depths))
+    assert metrics.acceptance_length is not None
     assert metrics.drafted_share == pytest.approx(1 - 1 / metrics.acceptance_length)
     reached = [1.0, *(d.reached for d in metrics.depths)]
     assert reached == sorted(reached, reverse=True)
