@@ -1,0 +1,50 @@
+"""The most probable tokens of every slot, out of logits over a large vocabulary.
+
+A sort or a partition of 248,000 logits per slot would cost more than the draft itself. So: the
+maxima of runs of neighbouring ids are taken on the device, and since each of the `width` best
+tokens lies in one of the `width` best runs, only those runs are looked at on the host. Exact, and
+deterministic: equal logits are taken in the order of their ids.
+"""
+
+import mlx.core as mx
+import numpy as np
+
+from specdec.errors import NonFiniteError
+from specdec.tree.block import Block
+
+_RUN = 256  # ids per run
+
+
+def top_candidates(logits: mx.array, width: int) -> Block:
+    """The `width` best tokens of each row of logits [slots, vocab] with their log-probabilities.
+
+    log-softmax at temperature 1, from float32 logits. Narrower where the vocabulary is smaller.
+    NonFiniteError on NaN or +Inf.
+    """
+    logits = logits.astype(mx.float32)
+    slots, vocab = logits.shape
+    width = min(width, vocab)
+    runs = -(-vocab // _RUN)
+    whole = vocab // _RUN * _RUN
+    maxima = logits[:, :whole].reshape(slots, -1, _RUN).max(axis=-1)
+    if whole < vocab:
+        rest = logits[:, whole:].max(axis=-1, keepdims=True)
+        maxima = mx.concatenate([maxima, rest], axis=-1)
+    totals = mx.logsumexp(logits, axis=-1)
+    mx.eval(logits, maxima, totals)
+    log_totals = np.array(totals, dtype=np.float64)
+    if not np.isfinite(log_totals).all():
+        raise NonFiniteError("NaN or Inf in the draft's logits")
+
+    host = np.array(logits, copy=False)  # shares the memory
+    best_runs = np.argsort(-np.array(maxima), axis=1, kind="stable")[:, : min(width, runs)]
+    tokens = np.empty((slots, width), np.int32)
+    log_probs = np.empty((slots, width))
+    for slot in range(slots):
+        ids = (np.sort(best_runs[slot])[:, None] * _RUN + np.arange(_RUN)).reshape(-1)
+        ids = ids[ids < vocab]
+        values = host[slot, ids]
+        best = np.argsort(-values, kind="stable")[:width]
+        tokens[slot], log_probs[slot] = ids[best], values[best]
+    # logsumexp may round to just below the largest logit
+    return Block(tokens, np.minimum(log_probs - log_totals[:, None], 0.0))

@@ -1,0 +1,195 @@
+"""Draft: a DFlash block-diffusion draft (Chen et al. 2026, as z-lab publishes it).
+
+One pass over a block [bonus token, mask, mask, ...] gives the distributions of all the positions
+after the bonus token at once. What the draft knows of the text are the target's hidden states: the
+outputs of some target layers (taps) are fused into one row per committed token, and every draft
+layer attends to keys and values made from those rows. Embedding and head are the target's.
+
+P tokens are committed: their keys stand at positions 0 to P-1, the block at P (the bonus token,
+which the target has not processed yet) to P+B-1, and slot k predicts the token at position P+k.
+
+The residual stream is float32 or bfloat16, never float16: sums in it reach 3e6 in trained drafts,
+float16 ends at 65504, and the overflow costs all acceptance without an error.
+"""
+
+from typing import Self
+
+import mlx.core as mx
+import numpy as np
+
+from specdec.checkpoint import Checkpoint
+from specdec.draft.cache import ContextCache
+from specdec.draft.candidates import top_candidates
+from specdec.draft.config import DraftConfig
+from specdec.draft.weights import DraftWeights, LayerWeights
+from specdec.errors import NonFiniteError
+from specdec.kernels.linear import embed, linear
+from specdec.kernels.norm import rms_norm, swiglu
+from specdec.kernels.rope import Rope
+from specdec.kernels.weight import Weight
+from specdec.tree.block import Block
+
+
+class Draft:
+    """A loaded draft and its context: what it has been told about the committed tokens."""
+
+    def __init__(
+        self,
+        config: DraftConfig,
+        weights: DraftWeights,
+        embedding: Weight,
+        head: Weight,
+        dtype: mx.Dtype,
+        position_shift: int = 0,
+    ) -> None:
+        """embedding, head: the target's [vocab, hidden]; dtype: float32 or bfloat16.
+
+        position_shift moves the block against its context; only the doctor has a use for it.
+        """
+        if dtype not in (mx.float32, mx.bfloat16):
+            raise ValueError(f"draft dtype {dtype}, expected float32 or bfloat16")
+        self.config, self.weights, self.dtype = config, weights, dtype
+        self.embedding, self.head = embedding, head
+        self._shift = position_shift
+        self._rope = Rope(config.rope)
+        self.reset()
+
+    @classmethod
+    def load(
+        cls,
+        checkpoint: Checkpoint,
+        config: DraftConfig,
+        embedding: Weight,
+        head: Weight,
+        dtype: mx.Dtype,
+    ) -> Self:
+        """Read the weights. CheckpointError on a missing, surplus or misshapen tensor."""
+        return cls(config, DraftWeights.load(checkpoint, config, dtype), embedding, head, dtype)
+
+    def reset(self) -> None:
+        """Forget all tokens."""
+        config = self.config
+        self._length = 0
+        self._caches = [
+            ContextCache(
+                config.num_kv_heads, config.head_dim, config.block_size, window, self.dtype
+            )
+            for window in config.windows
+        ]
+
+    @property
+    def length(self) -> int:
+        """Committed tokens the draft knows of: P, the position of the next bonus token."""
+        return self._length
+
+    def extend(self, taps: mx.array) -> None:
+        """Add newly committed tokens: taps [n, taps * hidden], a row each, in order.
+
+        In one call or in many, the context is the same. The work is started, not waited for.
+        """
+        config, count = self.config, taps.shape[0]
+        assert taps.shape == (count, len(config.target_layer_ids) * config.hidden_size)
+        weights = self.weights
+        # Not normalized again by a layer's input norm, unlike the block's rows.
+        context = linear(taps.astype(self.dtype), weights.fc)
+        context = rms_norm(context, weights.hidden_norm, config.rms_norm_eps)
+        for layer, cache in zip(weights.layers, self._caches, strict=True):
+            first = count - cache.rows_to_keep(count)
+            keys, values = self._keys_values(layer, context[first:], self._length + first)
+            cache.append(keys, values, self._length + first)
+        self._length += count
+        mx.async_eval([cache.arrays for cache in self._caches])
+
+    def propose(self, bonus: int, width: int) -> Block:
+        """Draft the block after the bonus token: block_size - 1 slots of the `width` best tokens.
+
+        Changes nothing. NonFiniteError, naming the layer, on NaN or Inf.
+        """
+        try:
+            return top_candidates(self._logits(self._forward(bonus)), width)
+        except NonFiniteError:
+            self._forward(bonus, probe=True)
+            raise
+
+    def _forward(self, bonus: int, probe: bool = False) -> mx.array:
+        """Hidden rows of the slots after the last layer: [slots, hidden].
+
+        With `probe`, every layer's output is checked, and NonFiniteError names the first bad one.
+        """
+        config = self.config
+        tokens = [bonus] + [config.mask_token_id] * config.slots
+        x = embed(mx.array(tokens), self.embedding).astype(self.dtype)
+        x = x * config.input_embedding_scale
+        masks: dict[tuple[int, int, bool], mx.array | None] = {}
+        for i, (layer, cache) in enumerate(zip(self.weights.layers, self._caches, strict=True)):
+            kind = cache.start, config.windows[i], config.causal[i]
+            if kind not in masks:
+                masks[kind] = self._mask(*kind)
+            x = self._attend(x, layer, cache, masks[kind])
+            h = rms_norm(x, layer.post_norm, config.rms_norm_eps)
+            x = x + linear(swiglu(linear(h, layer.gate), linear(h, layer.up)), layer.down)
+            if probe and not mx.isfinite(x).all().item():
+                raise NonFiniteError(f"NaN or Inf first appears in layer {i} of the draft")
+        return x[1:]
+
+    def _attend(
+        self, x: mx.array, layer: LayerWeights, cache: ContextCache, mask: mx.array | None
+    ) -> mx.array:
+        """x [block, hidden] plus its attention to the context and to the block itself."""
+        config, position = self.config, self._length + self._shift
+        h = rms_norm(x, layer.input_norm, config.rms_norm_eps)
+        queries = self._heads(linear(h, layer.q), config.num_heads)
+        queries = rms_norm(queries, layer.q_norm, config.rms_norm_eps)
+        queries = self._rope(queries, self._positions(position, config.block_size))
+        keys, values = cache.with_block(*self._keys_values(layer, h, position))
+        # The draft never decides a token, so its attention need not be row-invariant.
+        attended = mx.fast.scaled_dot_product_attention(
+            queries[None], keys[None], values[None], scale=config.head_dim**-0.5, mask=mask
+        )
+        return x + linear(attended[0].swapaxes(0, 1).reshape(x.shape[0], -1), layer.o)
+
+    def _keys_values(
+        self, layer: LayerWeights, rows: mx.array, position: int
+    ) -> tuple[mx.array, mx.array]:
+        """Keys, normalized and rotated, and values of rows [n, hidden]: [kv_heads, n, head_dim]."""
+        config = self.config
+        keys = self._heads(linear(rows, layer.k), config.num_kv_heads)
+        keys = rms_norm(keys, layer.k_norm, config.rms_norm_eps)
+        keys = self._rope(keys, self._positions(position, rows.shape[0]))
+        return keys, self._heads(linear(rows, layer.v), config.num_kv_heads)
+
+    def _heads(self, rows: mx.array, heads: int) -> mx.array:
+        """[n, heads * head_dim] -> [heads, n, head_dim]."""
+        return rows.reshape(-1, heads, self.config.head_dim).swapaxes(0, 1)
+
+    def _positions(self, first: int, count: int) -> np.ndarray:
+        return np.arange(first, first + count)
+
+    def _mask(self, start: int, window: int, causal: bool) -> mx.array | None:
+        """Which rows from `start` on a block row sees: bool [block, rows], None if all.
+
+        A window reaches as far ahead as back; only with blocks longer than it does that matter.
+        """
+        block = self.config.block_size
+        query = np.arange(self._length, self._length + block)[:, None]
+        key = np.arange(start, self._length + block)[None, :]
+        seen = np.ones((block, key.size), bool)
+        if causal:
+            seen &= key <= query
+        if window:
+            seen &= np.abs(query - key) < window
+        return None if seen.all() else mx.array(seen)
+
+    def _logits(self, hidden: mx.array) -> mx.array:
+        """[slots, hidden] -> [slots, vocab]."""
+        config = self.config
+        hidden = rms_norm(hidden, self.weights.norm, config.rms_norm_eps)
+        head = self.head
+        # The target may run in another dtype than the draft.
+        floats = head.data if head.scales is None else head.scales
+        logits = linear(hidden.astype(floats.dtype), head)
+        logits = logits * config.output_multiplier
+        if config.final_logit_softcapping:
+            cap = config.final_logit_softcapping
+            logits = cap * mx.tanh(logits / cap)
+        return logits

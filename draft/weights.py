@@ -1,0 +1,178 @@
+"""DraftWeights: the tensors of a DFlash draft, checked whole before the first is read.
+
+Names may carry the prefix "model." or not, matrices may be dense or packed as MLX packs them.
+Embedding and output head belong to the target: copies in the draft's files (embed_tokens, lm_head)
+are not read. Any other tensor that is not part of a DFlash draft is refused by name.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any, Self
+
+import mlx.core as mx
+
+from specdec.checkpoint import Checkpoint
+from specdec.draft.config import DraftConfig
+from specdec.errors import CheckpointError
+from specdec.kernels.weight import Weight
+from specdec.quantization import Quantization
+from specdec.shards import FLOATS
+
+_BORROWED = ("embed_tokens.", "lm_head.")
+
+
+@dataclass(frozen=True, eq=False)
+class LayerWeights:
+    """One layer; norms are [hidden], q_norm and k_norm [head_dim]."""
+
+    input_norm: mx.array
+    q: Weight  # [heads * head_dim, hidden]
+    k: Weight  # [kv_heads * head_dim, hidden]
+    v: Weight
+    o: Weight  # [hidden, heads * head_dim]
+    q_norm: mx.array
+    k_norm: mx.array
+    post_norm: mx.array
+    gate: Weight  # [intermediate, hidden]
+    up: Weight
+    down: Weight  # [hidden, intermediate]
+
+
+@dataclass(frozen=True, eq=False)
+class DraftWeights:
+    """fc fuses the tapped rows [hidden, taps * hidden]; hidden_norm follows it; norm ends."""
+
+    fc: Weight
+    hidden_norm: mx.array
+    norm: mx.array
+    layers: tuple[LayerWeights, ...]
+
+    @classmethod
+    def load(cls, checkpoint: Checkpoint, config: DraftConfig, dtype: mx.Dtype) -> Self:
+        """Read all weights, floats in `dtype`.
+
+        CheckpointError on a missing, surplus or misshapen tensor, before anything is read.
+        """
+        files = _Files(checkpoint, config)
+        files.check()
+        layers = tuple(
+            LayerWeights(**files.read(_layer(config), dtype, f"layers.{i}."))
+            for i in range(config.num_layers)
+        )
+        return cls(**files.read(_top(config), dtype), layers=layers)
+
+
+def weight_bytes(checkpoint: Checkpoint, config: DraftConfig, dtype: mx.Dtype) -> int:
+    """Resident bytes of the draft's weights; checks all of them and reads none."""
+    return _Files(checkpoint, config).check(dtype.size)
+
+
+# field -> (name in the file, shape): a vector is a norm, a matrix a linear layer
+_Table = dict[str, tuple[str, tuple[int, ...]]]
+
+
+def _top(config: DraftConfig) -> _Table:
+    hidden = config.hidden_size
+    return {
+        "fc": ("fc", (hidden, len(config.target_layer_ids) * hidden)),
+        "hidden_norm": ("hidden_norm", (hidden,)),
+        "norm": ("norm", (hidden,)),
+    }
+
+
+def _layer(config: DraftConfig) -> _Table:
+    hidden, inner, dim = config.hidden_size, config.intermediate_size, config.head_dim
+    queries, keys = config.num_heads * dim, config.num_kv_heads * dim
+    return {
+        "input_norm": ("input_layernorm", (hidden,)),
+        "q": ("self_attn.q_proj", (queries, hidden)),
+        "k": ("self_attn.k_proj", (keys, hidden)),
+        "v": ("self_attn.v_proj", (keys, hidden)),
+        "o": ("self_attn.o_proj", (hidden, queries)),
+        "q_norm": ("self_attn.q_norm", (dim,)),
+        "k_norm": ("self_attn.k_norm", (dim,)),
+        "post_norm": ("post_attention_layernorm", (hidden,)),
+        "gate": ("mlp.gate_proj", (inner, hidden)),
+        "up": ("mlp.up_proj", (inner, hidden)),
+        "down": ("mlp.down_proj", (hidden, inner)),
+    }
+
+
+class _Files:
+    """The draft's tensors in a checkpoint, by module path."""
+
+    def __init__(self, checkpoint: Checkpoint, config: DraftConfig) -> None:
+        self.checkpoint, self.config = checkpoint, config
+
+    def check(self, itemsize: int = 4) -> int:
+        """Names, shapes, dtypes and packing of everything; the resident bytes."""
+        tables = [("", _top(self.config))]
+        tables += [(f"layers.{i}.", _layer(self.config)) for i in range(self.config.num_layers)]
+        known: set[str] = set()
+        total = 0
+        for prefix, table in tables:
+            for name, shape in table.values():
+                path = self._path(prefix + name)
+                for part in ("weight", "scales", "biases"):
+                    info = self.checkpoint.tensors.get(f"{path}.{part}")
+                    if info is not None:
+                        known.add(info.name)
+                        items = (
+                            info.nbytes if info.dtype == "U32" else math.prod(info.shape) * itemsize
+                        )
+                        total += items
+                self._quantization(path, shape)
+        surplus = [
+            name
+            for name in self.checkpoint.tensors
+            if name not in known and not name.removeprefix("model.").startswith(_BORROWED)
+        ]
+        if surplus:
+            shown = ", ".join(sorted(surplus)[:4]) + (", ..." if len(surplus) > 4 else "")
+            raise CheckpointError(
+                f"{self.checkpoint.folder}: {len(surplus)} tensors are no part of a DFlash draft "
+                f"of {self.config.num_layers} layers: {shown}"
+            )
+        return total
+
+    def read(self, table: _Table, dtype: mx.Dtype, prefix: str = "") -> dict[str, Any]:
+        """The tensors of a table by field: norms as arrays, linear layers as weights."""
+        found: dict[str, Any] = {}
+        for field, (name, shape) in table.items():
+            path = self._path(prefix + name)
+            packing = self._quantization(path, shape)
+            data = self.checkpoint.load(f"{path}.weight", dtype=dtype)
+            if len(shape) == 1:
+                found[field] = data
+            elif packing is None:
+                found[field] = Weight(data)
+            else:
+                scales = self.checkpoint.load(f"{path}.scales", dtype=dtype)
+                biases = self.checkpoint.load(f"{path}.biases", dtype=dtype)
+                found[field] = Weight(data, scales, biases, packing.bits, packing.group_size)
+        return found
+
+    def _path(self, name: str) -> str:
+        with_prefix = f"model.{name}"
+        return with_prefix if f"{with_prefix}.weight" in self.checkpoint.tensors else name
+
+    def _quantization(self, path: str, shape: tuple[int, ...]) -> Quantization | None:
+        """Check one module against its shape; how it is packed."""
+        if len(shape) == 1:
+            info = self.checkpoint.info(f"{path}.weight", shape)
+            packing = None
+        else:
+            packing = self.checkpoint.quantization(path, shape[-1])
+            info = self.checkpoint.info(f"{path}.weight")
+            if packing is None:
+                self.checkpoint.info(f"{path}.weight", shape)
+            elif info.shape[:-1] != shape[:-1]:
+                raise CheckpointError(
+                    f"{info.file}: tensor {info.name} has {info.shape[0]} rows, expected {shape[0]}"
+                )
+        if packing is None and info.dtype not in FLOATS:
+            raise CheckpointError(
+                f"{info.file}: tensor {info.name} is {info.dtype}, expected one of "
+                f"{', '.join(FLOATS)}"
+            )
+        return packing
