@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from specdec.checkpoint import Checkpoint
-from specdec.draft.cache import STEP, cache_bytes, capacity
+from specdec.draft.cache import cache_bytes
 from specdec.draft.config import DraftConfig
 from specdec.draft.model import Draft
 from specdec.errors import NonFiniteError
@@ -125,13 +125,6 @@ def test_memory_is_what_the_formula_says(case):
         planned = cache_bytes(draft.config, draft.length, mx.float32)
         # A full layer is exactly as planned; a sliding one may not have reached its plan yet.
         assert held == planned if case == "plain" else held <= planned
-
-
-def test_capacity():
-    assert capacity(0, 8, 0) == STEP
-    assert capacity(STEP - 8, 8, 0) == STEP
-    assert capacity(STEP - 7, 8, 0) == 2 * STEP
-    assert capacity(10**6, 16, 4096) == 4096 + 2 * STEP
 
 
 def test_packed_weights_are_their_dequantized_values(tmp_path):

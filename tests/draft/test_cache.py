@@ -1,0 +1,82 @@
+"""The context cache against a list of all rows, with buffers that grow and move often."""
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from specdec.draft import cache as cache_module
+from specdec.draft.cache import STEP, ContextCache, cache_bytes, capacity
+from specdec.draft.config import DraftConfig
+from tests.drafts import draft_config
+
+BLOCK = 3
+
+
+@pytest.fixture
+def small_steps(monkeypatch):
+    monkeypatch.setattr(cache_module, "STEP", 8)
+
+
+def rows(first: int, count: int) -> tuple[mx.array, mx.array]:
+    """Keys and values [2, count, 4] that say which position they belong to."""
+    at = np.arange(first, first + count, dtype=np.float32)[None, :, None]
+    keys = at + np.zeros((2, 1, 4), np.float32) + np.arange(2, dtype=np.float32)[:, None, None] / 4
+    return mx.array(keys), mx.array(-keys)
+
+
+@settings(
+    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    window=st.sampled_from([0, 1, 2, 5, 9, 20]),
+    counts=st.lists(st.one_of(st.integers(1, 4), st.integers(1, 30)), min_size=1, max_size=40),
+)
+def test_every_row_in_sight_is_there(small_steps, window, counts):
+    cache = ContextCache(2, 4, BLOCK, window, mx.float32)
+    end = 0
+    for count in counts:
+        keep = cache.rows_to_keep(count)
+        end += count
+        cache.append(*rows(end - keep, keep), end - keep)
+        assert cache.end == end
+        assert cache.start <= (max(end - window + 1, 0) if window else 0)
+        keys, values = cache.with_block(*rows(1000, BLOCK))
+        held = np.array(keys), np.array(values)
+        for part, (context, block) in zip(
+            held,
+            zip(rows(cache.start, end - cache.start), rows(1000, BLOCK), strict=True),
+            strict=True,
+        ):
+            np.testing.assert_array_equal(part[:, :-BLOCK], np.array(context))
+            np.testing.assert_array_equal(part[:, -BLOCK:], np.array(block))
+        allocated = cache.arrays[0].shape[1]
+        assert end - cache.start + BLOCK <= allocated <= capacity(end, BLOCK, window)
+
+
+def test_capacity():
+    assert capacity(0, 8, 0) == STEP
+    assert capacity(STEP - 8, 8, 0) == STEP
+    assert capacity(STEP - 7, 8, 0) == 2 * STEP
+    assert capacity(10**6, 16, 4096) == 4096 + 2 * STEP
+    assert capacity(100, 16, 4096) == STEP
+
+
+def test_bytes_of_all_layers():
+    target = {
+        "hidden_size": 64,
+        "num_hidden_layers": 8,
+        "vocab_size": 100,
+        "max_position_embeddings": 4096,
+    }
+    config = DraftConfig.from_dict(
+        draft_config(
+            target,
+            layer_types=["sliding_attention", "full_attention"],
+            sliding_window=100,
+        )
+    )
+    row = 2 * config.num_kv_heads * config.head_dim * 2
+    expected = row * (capacity(5000, 8, 100) + capacity(5000, 8, 0))
+    assert cache_bytes(config, 5000, mx.bfloat16) == expected
