@@ -77,13 +77,12 @@ class DeltaNet(nn.Module):
         return qkv, z, b.float().sigmoid(), log_g
 
     def heads(self, mixed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Convolved channels [..., C] -> q, k, v [..., Hv, D] float32."""
-        d, per = self.cfg.gdn_dim, self.cfg.gdn_v_heads // self.cfg.gdn_k_heads
+        """Convolved channels [..., C] -> q, k [..., Hk, D] and v [..., Hv, D], float32."""
+        d = self.cfg.gdn_dim
         q, k, v = F.silu(mixed).split([self.key, self.key, self.value], -1)
         q = delta.unit(q.unflatten(-1, (-1, d))) * d**-0.5
         k = delta.unit(k.unflatten(-1, (-1, d)))
-        v = v.unflatten(-1, (-1, d))
-        return q.repeat_interleave(per, -2), k.repeat_interleave(per, -2), v
+        return q, k, v.unflatten(-1, (-1, d))
 
     def close(self, y: Tensor, z: Tensor) -> Tensor:
         gate = F.silu(z.float()).unflatten(-1, (-1, self.cfg.gdn_dim))
@@ -95,7 +94,8 @@ class DeltaNet(nn.Module):
         padded = F.pad(qkv, (0, 0, self.cfg.conv - 1, 0))
         length = x.shape[1]
         mixed = sum(padded[:, i : i + length].float() * taps[:, i] for i in range(self.cfg.conv))
-        return self.close(delta.chunked(*self.heads(mixed), log_g, beta), z)
+        q, k, v = (part.to(x.dtype) for part in self.heads(mixed))
+        return self.close(delta.chunked(q, k, v, log_g, beta), z)
 
     def step(self, x: Tensor, state: list[Tensor], cos: Tensor, sin: Tensor, at: Tensor) -> Tensor:
         conv, memory = state  # [B, K-1, C], [B, Hv, D, D]
