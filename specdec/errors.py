@@ -33,3 +33,9 @@ class NonFiniteError(SpecdecError):
 
 class PromptError(SpecdecError):
     """The prompt is empty, too long for the model, or its template is unusable."""
+
+
+class DisagreementError(SpecdecError):
+    """Two runs that must emit the same tokens did not: a bug in this engine, never bad input."""
+
+    exit_code = 1
