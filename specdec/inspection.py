@@ -1,4 +1,4 @@
-"""What a target checkpoint is made of: its architecture in words, its parts, their packing and size.
+"""What a target checkpoint is made of: architecture in words, parts, their packing and size.
 
 Reads headers only. Refuses what the engine would refuse: unknown families and broken packings.
 """

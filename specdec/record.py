@@ -92,7 +92,14 @@ def head(kind: str, settings: dict[str, Any], plan: "MemoryPlan", memory: "Memor
             "machine": platform.machine(),
         },
         "settings": settings,
-        "plan": asdict(plan),
+        "plan": {
+            "parts": [part._asdict() for part in plan.parts],
+            "total": plan.total,
+            "cap": plan.cap,
+            "cap_note": plan.cap_note,
+            "pinned": list(plan.pinned),
+            "slots": plan.slots,
+        },
         "memory": asdict(memory),
     }
 

@@ -1,5 +1,7 @@
 """Figures as people read them. Bytes in powers of ten, as disks and `--memory-gb` count them."""
 
+from collections.abc import Collection, Sequence
+
 
 def size(count: float) -> str:
     """Bytes with a unit, three significant digits: "812 B", "1.23 MB", "45.6 GB"."""
@@ -23,12 +25,13 @@ def percent(share: float | None) -> str:
     return "-" if share is None else f"{100 * share:.1f} %"
 
 
-def table(rows: list[tuple[str, ...]]) -> str:
-    """Columns of equal width, the first flush left, the others flush right."""
+def table(rows: Sequence[tuple[str, ...]], left: Collection[int] = (0,)) -> str:
+    """Columns of equal width, those numbered in `left` flush left, the others flush right."""
     widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
-    lines = []
-    for first, *others in rows:
-        cells = [first.ljust(widths[0])]
-        cells += [cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True)]
-        lines.append("  ".join(cells).rstrip())
-    return "\n".join(lines)
+    return "\n".join(
+        "  ".join(
+            cell.ljust(width) if at in left else cell.rjust(width)
+            for at, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    )

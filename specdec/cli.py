@@ -1,0 +1,45 @@
+"""The `specdec` command: its subcommands, and how errors leave it.
+
+Exit codes: 0 done; 1 the runs of a comparison disagree; 2 bad input, said in one line without a
+traceback; 130 interrupted. Anything else is a bug and shows its traceback.
+"""
+
+from typing import Any
+
+import click
+
+from specdec import __version__
+from specdec.commands.bench import bench
+from specdec.commands.doctor import doctor
+from specdec.commands.generate import generate
+from specdec.commands.inspect import inspect
+from specdec.errors import SpecdecError
+
+INTERRUPTED = 130
+
+
+class _Commands(click.Group):
+    """Turns expected errors into one line and an exit code."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except SpecdecError as error:
+            click.echo(f"error: {error}", err=True)
+            return ctx.exit(error.exit_code)
+        except KeyboardInterrupt:
+            click.echo("interrupted", err=True)
+            return ctx.exit(INTERRUPTED)
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__)
+def main() -> None:
+    """Run Mixture-of-Experts models that are larger than memory, with speculative decoding.
+
+    Without a model, commands use the small demo pair that comes with this package.
+    """
+
+
+for _command in (generate, bench, inspect, doctor):
+    main.add_command(_command)

@@ -1,0 +1,99 @@
+"""`specdec bench`: a sweep over prompts and budgets, as a table and as JSON."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from specdec.commands.console import Console
+from specdec.commands.options import Budgets, model_options, tree_option
+from specdec.errors import DisagreementError, PromptError
+
+if TYPE_CHECKING:
+    from specdec.bench import Prompt, Run
+    from specdec.generation import Result
+
+
+@click.command()
+@model_options
+@click.option(
+    "--prompts",
+    metavar="FILE",
+    help='JSON lines {"id", "class", "prompt"}.  [default: the held-out prompts of the demo pair]',
+)
+@click.option(
+    "--budgets", type=Budgets(), default="1,2,4,6,12", show_default=True, help="Budgets to run."
+)
+@click.option(
+    "--repeat",
+    type=click.IntRange(min=1),
+    default=3,
+    show_default=True,
+    help="Runs of each prompt at each budget; the median counts.",
+)
+@click.option(
+    "--max-tokens", type=click.IntRange(min=1), default=64, show_default=True, help="Token limit."
+)
+@tree_option
+@click.option("--ignore-eos", is_flag=True, help="Do not end at the model's end tokens.")
+@click.option("--json", "json_path", metavar="FILE", help="Write all figures to FILE.")
+@click.option("--quiet", "-q", is_flag=True, help="Print the report, and on stderr only problems.")
+def bench(**options: Any) -> None:
+    """Sweep prompts and budgets: speed, acceptance, and whether all budgets emit the same tokens.
+
+    The report goes to stdout. Prompts are used as they are, without the chat template.
+    """
+    if options["model"] is not None and options["draft"] is None and max(options["budgets"]) > 1:
+        raise click.UsageError("budgets above 1 need a draft: give --draft, or --budgets 1.")
+    console = Console(options["quiet"])
+
+    from specdec import bench as benchmark
+    from specdec import record
+    from specdec.commands import session
+    from specdec.demo_pair import PROMPTS
+    from specdec.generation import Request, check_prompt, generate
+    from specdec.report import memory_line
+
+    prompts = benchmark.read_prompts(Path(options["prompts"] or PROMPTS))
+    budgets: tuple[int, ...] = options["budgets"]
+    with record.JsonFile(options["json_path"]) as file:
+        tokenizer = session.tokenizer(options)
+        tokens = {prompt.id: tuple(tokenizer.encode(prompt.text)) for prompt in prompts}
+        for name, ids in tokens.items():
+            try:
+                check_prompt(ids, session.max_context(options))
+            except PromptError as error:
+                raise PromptError(f"prompt {name!r}: {error}") from error
+        context = max(map(len, tokens.values())) + options["max_tokens"]
+        loaded = session.load(options, context, max(budgets), console)
+
+        def run(prompt: "Prompt", budget: int) -> "Result":
+            result = generate(
+                loaded.engine,
+                tokenizer,
+                Request(
+                    prompt_tokens=tokens[prompt.id],
+                    budget=budget,
+                    tree=options["tree"],
+                    max_tokens=options["max_tokens"],
+                    eos_ids=() if options["ignore_eos"] else tokenizer.eos_ids,
+                ),
+            )
+            if result.finish == "interrupted":
+                raise KeyboardInterrupt
+            return result
+
+        def tell(one: "Run") -> None:
+            speed = one.metrics.decode_tokens_per_second or 0.0
+            console.say(
+                f"repeat {one.repeat + 1}/{options['repeat']}  {one.prompt.id}  "
+                f"budget {one.budget}: {speed:.1f} tok/s"
+            )
+
+        done = benchmark.sweep(run, prompts, budgets, options["repeat"], tell)
+        memory = session.memory(loaded.plan)
+        click.echo(benchmark.report(done))
+        console.say(f"memory: {memory_line(memory)}")
+        file.write(record.head("bench", options, loaded.plan, memory) | record.bench(done))
+    if done.disagreements():
+        raise DisagreementError("tokens differ between runs of: " + ", ".join(done.disagreements()))

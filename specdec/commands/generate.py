@@ -1,0 +1,224 @@
+"""`specdec generate`: one prompt, its text streamed, then what it took."""
+
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from specdec.commands.console import Console
+from specdec.commands.options import MAX_BUDGET, model_options, tree_option
+from specdec.errors import DisagreementError, PromptError
+
+if TYPE_CHECKING:
+    from specdec.generation import Request, Result
+    from specdec.load import Loaded
+    from specdec.metrics import Memory
+    from specdec.tokenizer import Tokenizer
+
+DEFAULT_BUDGET = 6
+WARM_UP_PROMPT, WARM_UP_TOKENS = 32, 8
+
+DEMO_PROMPT = '''import os
+from pathlib import Path
+
+
+def read_lines(path, encoding="utf-8"):
+    """Return the lines of a text file, without their line ends."""
+'''
+"""What the demo pair continues when it is given nothing: it was trained on Python."""
+
+
+@click.command()
+@model_options
+@click.option("--prompt", "-p", metavar="TEXT", help='The prompt; "-" reads standard input.')
+@click.option("--prompt-file", metavar="FILE", help="Read the prompt from a UTF-8 file.")
+@click.option("--system", metavar="TEXT", help="System message for the chat template.")
+@click.option("--raw", is_flag=True, help="Do not use the chat template.")
+@click.option(
+    "--max-tokens", type=click.IntRange(min=1), default=128, show_default=True, help="Token limit."
+)
+@click.option(
+    "--budget",
+    type=click.IntRange(1, MAX_BUDGET),
+    help=f"Tree nodes per round; 1: plain decoding.  [default: {DEFAULT_BUDGET}, without draft 1]",
+)
+@tree_option
+@click.option("--stop", multiple=True, metavar="TEXT", help="End before this text; repeatable.")
+@click.option("--ignore-eos", is_flag=True, help="Do not end at the model's end tokens.")
+@click.option("--compare", is_flag=True, help="Also run without speculation, and compare.")
+@click.option("--json", "json_path", metavar="FILE", help="Write all figures to FILE.")
+@click.option("--quiet", "-q", is_flag=True, help="Print the text, and on stderr only problems.")
+def generate(**options: Any) -> None:
+    """Generate text from one prompt: the text on stdout, everything else on stderr."""
+    _check(options)
+    console = Console(options["quiet"])
+    prompt = _prompt(options)
+    budget = _budget(options, console)
+
+    from specdec import record
+    from specdec.commands import session
+    from specdec.generation import Request, check_prompt
+
+    with record.JsonFile(options["json_path"]) as file:
+        tokenizer = session.tokenizer(options)
+        text, tokens = _encode(tokenizer, prompt, options)
+        check_prompt(tokens, session.max_context(options))
+        loaded = session.load(options, len(tokens) + options["max_tokens"], budget, console)
+        request = Request(
+            prompt_tokens=tokens,
+            budget=budget,
+            tree=options["tree"],
+            max_tokens=options["max_tokens"],
+            stop=options["stop"],
+            eos_ids=() if options["ignore_eos"] else tokenizer.eos_ids,
+        )
+        if options["compare"]:
+            results = _compare(loaded, request, console)
+        else:
+            name = "speculative" if budget > 1 else "autoregressive"
+            results = {name: _run(loaded, request, console, _to_stdout)}
+        memory = session.memory(loaded.plan)
+        settings = {**options, "budget": budget}
+        document = record.head("generate", settings, loaded.plan, memory) | {"prompt": text}
+        file.write(document | _tell(results, memory, console))
+    _leave(results)
+
+
+def _check(options: dict[str, Any]) -> None:
+    """Refuse options that contradict each other, before any work."""
+    if options["prompt"] is not None and options["prompt_file"] is not None:
+        raise click.UsageError("--prompt and --prompt-file exclude each other.")
+    if options["raw"] and options["system"] is not None:
+        raise click.UsageError("--system needs the chat template that --raw skips.")
+    if "" in options["stop"]:
+        raise click.UsageError("--stop must not be empty: every text would end at once.")
+    if options["compare"] and options["budget"] == 1:
+        raise click.UsageError("--compare with --budget 1 would compare plain decoding to itself.")
+
+
+def _prompt(options: dict[str, Any]) -> str:
+    """The prompt as the user gave it."""
+    try:
+        if options["prompt_file"] is not None:
+            text = Path(options["prompt_file"]).read_text(encoding="utf-8")
+        elif options["prompt"] == "-":
+            text = sys.stdin.buffer.read().decode()
+        elif options["prompt"] is not None:
+            text = options["prompt"]
+        elif options["model"] is None:
+            text = DEMO_PROMPT
+        else:
+            raise PromptError("no prompt: give --prompt TEXT, --prompt - or --prompt-file FILE")
+    except (OSError, UnicodeDecodeError) as error:
+        raise PromptError(f"{options['prompt_file'] or 'standard input'}: {error}") from error
+    if not text:
+        raise PromptError("the prompt is empty")
+    return text
+
+
+def _budget(options: dict[str, Any], console: Console) -> int:
+    """The budget as asked for; without a draft only 1 is possible."""
+    budget: int | None = options["budget"]
+    has_draft = options["draft"] is not None or options["model"] is None
+    if has_draft:
+        return budget or DEFAULT_BUDGET
+    if options["compare"]:
+        raise click.UsageError("--compare needs a draft: give --draft.")
+    if budget is None:
+        console.note("no --draft: plain decoding, budget 1")
+        return 1
+    if budget > 1:
+        raise click.UsageError(f"--budget {budget} needs a draft: give --draft, or --budget 1.")
+    return budget
+
+
+def _encode(
+    tokenizer: "Tokenizer", prompt: str, options: dict[str, Any]
+) -> tuple[str, tuple[int, ...]]:
+    """The text that the model sees, and its tokens."""
+    if options["raw"] or not tokenizer.has_template:
+        if options["system"] is not None:
+            raise PromptError("--system: this model has no chat template")
+        return prompt, tuple(tokenizer.encode(prompt))
+    messages = [{"role": "user", "content": prompt}]
+    if options["system"] is not None:
+        messages.insert(0, {"role": "system", "content": options["system"]})
+    text = tokenizer.apply_template(messages)
+    return text, tuple(tokenizer.encode(text, add_special=False))
+
+
+def _to_stdout(text: str) -> None:
+    click.echo(text, nl=False)
+    sys.stdout.flush()
+
+
+def _run(
+    loaded: "Loaded",
+    request: "Request",
+    console: Console,
+    on_text: Callable[[str], None] | None,
+    label: str = "prompt",
+) -> "Result":
+    from specdec.generation import generate as run
+
+    return run(loaded.engine, loaded.tokenizer, request, on_text, console.progress(f"{label}:"))
+
+
+def _compare(loaded: "Loaded", request: "Request", console: Console) -> "dict[str, Result]":
+    """Warm up both ways, then run plain and speculative; only the latter is shown."""
+    plain = replace(request, budget=1)
+    console.say("order: a short warm-up, autoregressive, speculative")
+    for one in (plain, request):
+        short = replace(
+            one, prompt_tokens=one.prompt_tokens[:WARM_UP_PROMPT], max_tokens=WARM_UP_TOKENS
+        )
+        if _run(loaded, short, console, None, "warm-up").finish == "interrupted":
+            raise KeyboardInterrupt
+    before = _run(loaded, plain, console, None, "autoregressive prompt")
+    if before.finish == "interrupted":
+        return {"autoregressive": before}
+    after = _run(loaded, request, console, _to_stdout, "speculative prompt")
+    return {"autoregressive": before, "speculative": after}
+
+
+def _tell(results: "dict[str, Result]", memory: "Memory", console: Console) -> dict[str, Any]:
+    """Print the figures; return what the JSON says of the runs."""
+    from specdec import record
+    from specdec.metrics import compare, measure
+    from specdec.report import side_by_side, summary
+
+    console.say("\n")
+    document: dict[str, Any] = {
+        "runs": {name: record.run(result, measure(result)) for name, result in results.items()},
+        "comparison": None,
+    }
+    if _is_comparison(results):
+        done = compare(results["autoregressive"], results["speculative"])
+        document["comparison"] = record.comparison(done)
+        console.say(side_by_side(done, memory))
+    else:
+        for name, result in results.items():
+            console.say(f"{name}\n{summary(measure(result), memory)}")
+    return document
+
+
+def _leave(results: "dict[str, Result]") -> None:
+    """Exit with the code that the runs deserve."""
+    from specdec.metrics import first_difference
+
+    if any(result.finish == "interrupted" for result in results.values()):
+        raise KeyboardInterrupt
+    if _is_comparison(results):
+        position = first_difference(*(result.tokens for result in results.values()))
+        if position is not None:
+            raise DisagreementError(
+                f"speculative and autoregressive tokens differ from position {position} on"
+            )
+
+
+def _is_comparison(results: "dict[str, Result]") -> bool:
+    """Whether there are two whole runs: an interrupted one compares to nothing."""
+    return len(results) == 2 and all(one.finish != "interrupted" for one in results.values())

@@ -1,0 +1,63 @@
+"""`specdec inspect`: what a target is, how it is packed, and what it would take to run it."""
+
+from typing import Any
+
+import click
+
+from specdec.commands.options import MAX_BUDGET, memory_options
+from specdec.units import size, table
+
+
+@click.command()
+@click.argument("model", required=False)
+@click.option("--draft", metavar="PATH|REPO", help="Plan for this draft too.")
+@memory_options
+@click.option(
+    "--context",
+    type=click.IntRange(min=1),
+    default=4096,
+    show_default=True,
+    help="Tokens to plan for, prompt and answer.",
+)
+@click.option(
+    "--budget",
+    type=click.IntRange(1, MAX_BUDGET),
+    default=6,
+    show_default=True,
+    help="Tree nodes to plan for.",
+)
+def inspect(**options: Any) -> None:
+    """Print a target's architecture, the size and packing of its parts, and its memory plan.
+
+    MODEL is a folder or a Hugging Face repository; without it, the demo pair. Reads headers only.
+    """
+    from specdec.checkpoint import Checkpoint
+    from specdec.commands import session
+    from specdec.inspection import architecture, parameters, parts
+    from specdec.kernels.array import choose_backend
+    from specdec.load import plan_for
+    from specdec.target.config import TargetConfig
+
+    folder = session.target_folder(options)
+    with Checkpoint.open(folder) as checkpoint:
+        config = TargetConfig.of(checkpoint)
+        found = parts(checkpoint, config)
+        count = parameters(checkpoint, config)
+        backend = choose_backend()
+        rows = [
+            ("model", str(folder)),
+            *architecture(config),
+            ("parameters", f"{count / 1e6:,.1f} M"),
+            ("runs on", f"{backend.name} kernels: {backend.why}"),
+        ]
+        click.echo("\n".join(f"{subject:<14}{words}" for subject, words in rows))
+    click.echo()
+    lines = [("part", "tensors", "on disk", "matrices")]
+    for part in found:
+        packings = "; ".join(f"{many} x {how}" for how, many in part.packings)
+        lines.append((part.name, str(part.tensors), size(part.nbytes), packings))
+    lines.append(("total", "", size(sum(part.nbytes for part in found)), ""))
+    click.echo(table(lines, left=(0, 3)))
+    click.echo()
+    plan = plan_for(session.settings(options, options["context"], options["budget"]))
+    click.echo(session.plan_text(plan))
