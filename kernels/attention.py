@@ -8,10 +8,12 @@ exactly zero.
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import mlx.core as mx
 import numpy as np
 
+from specdec.kernels.array import Array, is_numpy
 from specdec.kernels.layout import TreeLayout
 
 BLOCK = 64
@@ -21,59 +23,61 @@ BLOCK = 64
 class AttentionLayout:
     """Which keys each row of one verify pass sees, the same for all layers.
 
-    length: committed tokens.
-    base: length rounded down to whole blocks.
-    tail: int32 [rows, T], per row the keys from position `base` on, as indexes into
-        [committed base..length | the tree's rows | one zero row]; T is a multiple of BLOCK.
-    hidden: bool [rows, T], True where the tail has no key.
+    length: committed tokens; the keys of the tree's row r stand at place length + r.
     """
 
+    tree: TreeLayout
     length: int
-    base: int
-    tail: mx.array
-    hidden: mx.array
 
-    @classmethod
-    def of(cls, tree: TreeLayout, length: int) -> "AttentionLayout":
-        base = length // BLOCK * BLOCK
-        partial = length - base
-        width = -(-(partial + tree.paths.shape[1]) // BLOCK) * BLOCK
-        zero_row = partial + tree.rows
-        tail = np.full((tree.rows, width), zero_row, np.int32)
+    @property
+    def base(self) -> int:
+        """The committed tokens in whole blocks."""
+        return self.length // BLOCK * BLOCK
+
+    @cached_property
+    def tail(self) -> tuple[mx.array, mx.array]:
+        """Per row the keys from position `base` on, and which of them are none.
+
+        int32 [rows, T], places counted from `base`, and bool [rows, T], True where there is no
+        key; T is a multiple of BLOCK. No key: the place after the tree's last row.
+        """
+        paths, partial = self.tree.paths, self.length - self.base
+        own = paths.shape[1]
+        width = -(-(partial + own) // BLOCK) * BLOCK
+        none = partial + self.tree.rows
+        tail = np.full((self.tree.rows, width), none, np.int32)
         tail[:, :partial] = np.arange(partial)
-        own = tree.paths.shape[1]
-        tail[:, partial : partial + own] = np.where(tree.paths >= 0, partial + tree.paths, zero_row)
-        return cls(length, base, mx.array(tail), mx.array(tail == zero_row))
+        tail[:, partial : partial + own] = np.where(paths >= 0, partial + paths, none)
+        return mx.array(tail), mx.array(tail == none)
 
 
 def tree_attention(
-    queries: mx.array,
-    keys: mx.array,
-    values: mx.array,
-    new_keys: mx.array,
-    new_values: mx.array,
-    layout: AttentionLayout,
-    scale: float,
-) -> mx.array:
+    queries: Array, keys: Array, values: Array, layout: AttentionLayout, scale: float
+) -> Array:
     """Softmax attention of each row over the committed keys, its ancestors and itself.
 
     queries [heads, rows, dim]; keys, values [kv_heads, capacity, dim], of which layout.length are
-    committed; new_keys, new_values [kv_heads, rows, dim]. Returns [heads, rows, dim].
+    committed and the tree's own follow. Returns [heads, rows, dim].
     """
+    if is_numpy(queries):
+        from specdec.kernels.cpu import attention as cpu
+
+        tree = layout.tree
+        return cpu.attend(queries, keys, values, layout.length, tree.paths, tree.depths, scale)
     heads, rows, dim = queries.shape
     kv_heads = keys.shape[0]
     group = heads // kv_heads
-    base, length = layout.base, layout.length
+    base, end = layout.base, layout.length + rows
+    tail, hidden = layout.tail
     # [kv, rows, group, dim]: the heads of a group share their keys
     grouped = (queries * scale).reshape(kv_heads, group, rows, dim).swapaxes(1, 2)
 
     zero = mx.zeros((kv_heads, 1, dim), keys.dtype)
     tail_keys, tail_values = (
-        mx.concatenate([cache[:, base:length], new, zero], axis=1)[:, layout.tail]
-        for cache, new in ((keys, new_keys), (values, new_values))
+        mx.concatenate([cache[:, base:end], zero], axis=1)[:, tail] for cache in (keys, values)
     )  # [kv, rows, T, dim]
     scores = grouped @ tail_keys.swapaxes(-1, -2)  # [kv, rows, group, T]
-    scores = mx.where(layout.hidden[:, None], -mx.inf, scores.astype(mx.float32))
+    scores = mx.where(hidden[:, None], -mx.inf, scores.astype(mx.float32))
     peak = scores.max(axis=-1, keepdims=True)
     if base:
         flat = grouped.reshape(kv_heads, rows * group, dim)
@@ -103,12 +107,18 @@ def _weighted(weights: mx.array, values: mx.array) -> mx.array:
 
 
 def prefill_attention(
-    queries: mx.array, keys: mx.array, values: mx.array, scale: float
-) -> mx.array:
-    """Causal attention of a prompt chunk; the queries stand at the last positions of the keys.
+    queries: Array, keys: Array, values: Array, length: int, scale: float
+) -> Array:
+    """Causal attention of a prompt chunk after `length` committed tokens.
 
-    queries [heads, rows, dim]; keys, values [kv_heads, length, dim]. Returns [heads, rows, dim].
+    queries [heads, rows, dim]; keys, values [kv_heads, capacity, dim], the chunk's own from place
+    `length` on. Returns [heads, rows, dim].
     """
+    rows = queries.shape[1]
+    if is_numpy(queries):
+        layout = AttentionLayout(TreeLayout.chain(rows), length)
+        return tree_attention(queries, keys, values, layout, scale)
+    keys, values = keys[:, : length + rows], values[:, : length + rows]
     return mx.fast.scaled_dot_product_attention(
         queries[None], keys[None], values[None], scale=scale, mask="causal"
     )[0]

@@ -3,7 +3,9 @@
 from dataclasses import dataclass
 
 import mlx.core as mx
+import numpy as np
 
+from specdec.kernels.array import Array, Backend, is_numpy
 from specdec.kernels.norm import swiglu
 from specdec.kernels.weight import Weight
 
@@ -16,20 +18,33 @@ class ExpertWeights:
     up: Weight
     down: Weight
 
+    def on(self, backend: Backend) -> "ExpertWeights":
+        """The same bank as a backend holds it, sharing its memory."""
+        return ExpertWeights(*(w.on(backend) for w in (self.gate, self.up, self.down)))
 
-def experts_apart(x: mx.array, bank: ExpertWeights, slots: mx.array) -> mx.array:
+
+def experts_apart(x: Array, bank: ExpertWeights, slots: Array | np.ndarray) -> Array:
     """Each row through each of its experts, not yet weighted.
 
     x [rows, hidden]; slots int32 [rows, n], indexes into the bank. Returns [rows, n, hidden]; an
     expert's output for a row depends on that row and expert alone.
     """
+    if is_numpy(x):
+        from specdec.kernels.cpu import experts as cpu
+
+        return cpu.experts_apart(x, bank, slots)
+    slots = mx.array(slots)
     x = x[:, None, None, :]  # [rows, 1, 1, hidden]
     hidden = swiglu(_gather(x, bank.gate, slots), _gather(x, bank.up, slots))
     return _gather(hidden, bank.down, slots)[:, :, 0]
 
 
-def combine(outputs: mx.array, weights: mx.array) -> mx.array:
+def combine(outputs: Array, weights: Array) -> Array:
     """Sum of outputs [rows, n, hidden] times weights [rows, n], in the order of n."""
+    if is_numpy(outputs):
+        from specdec.kernels.cpu import experts as cpu
+
+        return cpu.combine(outputs, weights)
     return (outputs * weights[..., None].astype(outputs.dtype)).sum(axis=1)
 
 

@@ -5,14 +5,16 @@ Per head, with state S [value_dim, key_dim] in float32 (Yang et al., Gated Delta
     S <- g S;   delta = beta (v - S k);   S <- S + delta k^T;   y = S q
 
 A tree's rows each follow their own path from the committed state. `recur_tree` never writes the
-state: it returns delta as a tape, and `replay` repeats the accepted path's updates with the very
-same operations, so that the committed state has the bits of decoding token by token.
+state: it returns a tape, and `replay` repeats the accepted path's updates with the very same
+operations, so that the committed state has the bits of decoding token by token.
 """
 
 from dataclasses import dataclass
 
 import mlx.core as mx
+import numpy as np
 
+from specdec.kernels.array import Array, concatenate, is_numpy
 from specdec.kernels.layout import TreeLayout
 from specdec.kernels.norm import rms_norm, silu
 
@@ -21,30 +23,38 @@ CHUNK = 16  # tokens the prompt's recurrence handles as one triangular system
 
 @dataclass(frozen=True, eq=False)
 class Tape:
-    """What replaying a verify pass needs of one layer.
+    """What replaying a path of one layer's verify pass needs.
 
-    delta float32 [rows, value_heads, value_dim]; keys float32 [rows, value_heads, key_dim];
-    decay float32 [rows, value_heads].
+    rows: float32 arrays, rows first. MLX: delta, keys (for each value head) and decay. NumPy: all
+        inputs of the recurrence, which runs once more.
+    last: the state after the last row where replaying can be saved: the tree is a chain, and (in
+        MLX, which would have to keep every row's state) the root alone.
     """
 
-    delta: mx.array
-    keys: mx.array
-    decay: mx.array
+    rows: tuple[Array, ...]
+    last: Array | None
 
 
-def convolve(x: mx.array, state: mx.array, windows: mx.array, weight: mx.array) -> mx.array:
+def convolve(x: Array, state: Array, windows: np.ndarray, weight: Array) -> Array:
     """Depthwise causal convolution along each row's path, then SiLU.
 
     x [rows, channels]; state [taps - 1, channels], the committed rows before the root; windows
     int32 [rows, taps] from TreeLayout.windows; weight [taps, channels]. Returns [rows, channels].
     """
-    seen = mx.concatenate([state, x], axis=0)[windows]  # [rows, taps, channels]
+    if is_numpy(x):
+        from specdec.kernels.cpu import gated_delta as cpu
+
+        return cpu.convolve(x, state, windows, weight)
+    seen = mx.concatenate([state, x], axis=0)[mx.array(windows)]  # [rows, taps, channels]
     return silu((seen * weight).sum(axis=1))
 
 
-def convolve_prompt(x: mx.array, state: mx.array, weight: mx.array) -> mx.array:
+def convolve_prompt(x: Array, state: Array, weight: Array) -> Array:
     """`convolve` for consecutive rows: x [rows, channels] directly after the state."""
     taps, rows = weight.shape[0], x.shape[0]
+    if is_numpy(x):
+        windows = np.arange(rows, dtype=np.int32)[:, None] + np.arange(taps, dtype=np.int32)
+        return convolve(x, state, windows, weight)
     seen = mx.concatenate([state, x], axis=0)
     total = seen[:rows] * weight[0]
     for tap in range(1, taps):
@@ -52,26 +62,69 @@ def convolve_prompt(x: mx.array, state: mx.array, weight: mx.array) -> mx.array:
     return silu(total)
 
 
-def normalize_keys(
-    queries: mx.array, keys: mx.array, value_heads: int
-) -> tuple[mx.array, mx.array]:
-    """L2-normalize queries and keys, scale the queries, repeat both for the value heads.
+def normalize_keys(queries: Array, keys: Array) -> tuple[Array, Array]:
+    """L2-normalize queries and keys, scale the queries: float32 [rows, key_heads, key_dim]."""
+    if is_numpy(queries):
+        from specdec.kernels.cpu import gated_delta as cpu
 
-    queries, keys [rows, key_heads, key_dim] -> float32 [rows, value_heads, key_dim].
-    """
+        return cpu.normalize_keys(queries, keys)
     dim = queries.shape[-1]
     # rms_norm divides by sqrt(mean(x^2) + eps): with eps / dim this is x * sqrt(dim) / |x|.
     eps = 1e-6 / dim
     queries = rms_norm(queries.astype(mx.float32), None, eps) * (1.0 / dim)
     keys = rms_norm(keys.astype(mx.float32), None, eps) * dim**-0.5
-    repeats = value_heads // queries.shape[1]
-    return mx.repeat(queries, repeats, axis=1), mx.repeat(keys, repeats, axis=1)
+    return queries, keys
 
 
-def log_decay(a: mx.array, a_log: mx.array, dt_bias: mx.array) -> mx.array:
-    """log g = -exp(A_log) softplus(a + dt_bias), float32 [rows, value_heads]."""
-    step = mx.logaddexp(a.astype(mx.float32) + dt_bias.astype(mx.float32), 0.0)
-    return -mx.exp(a_log.astype(mx.float32)) * step
+def gates(a: Array, b: Array, a_log: Array, dt_bias: Array) -> tuple[Array, Array]:
+    """log g = -exp(A_log) softplus(a + dt_bias), and beta = sigmoid(b).
+
+    a, b [rows, value_heads]; a_log, dt_bias float32 [value_heads]. Both float32.
+    """
+    if is_numpy(a):
+        from specdec.kernels.cpu import gated_delta as cpu
+
+        return cpu.gates(a, b, a_log, dt_bias)
+    step = mx.logaddexp(a.astype(mx.float32) + dt_bias, 0.0)
+    return -mx.exp(a_log) * step, mx.sigmoid(b.astype(mx.float32))
+
+
+def recur_tree(
+    queries: Array,
+    keys: Array,
+    values: Array,
+    log_decay: Array,
+    beta: Array,
+    state: Array,
+    tree: TreeLayout,
+) -> tuple[Array, Tape]:
+    """The recurrence along every row's path: outputs in row order, and the tape.
+
+    queries, keys float32 [rows, key_heads, key_dim]; values float32 [rows, heads, value_dim];
+    log_decay, beta float32 [rows, heads]; state float32 [heads, value_dim, key_dim], left as it
+    is. Returns y float32 [rows, heads, value_dim].
+    """
+    if is_numpy(queries):
+        from specdec.kernels.cpu import gated_delta as cpu
+
+        rows = queries, keys, values, log_decay, beta
+        y, last = cpu.recur(*rows, state, tree.parents)
+        return y, Tape(rows, last if tree.is_chain else None)
+    queries, keys = _for_value_heads(queries, keys, values.shape[1])
+    decay = mx.exp(log_decay)
+    states = state[None]
+    outputs, deltas = [], []
+    for level in tree.levels:
+        if level.parents is not None:
+            states = states[mx.array(level.parents)]
+        at = mx.array(level.rows) if tree.rows > 1 else slice(None)
+        states, delta = _step(states, decay[at], keys[at], values[at], beta[at])
+        outputs.append((states * queries[at][..., None, :]).sum(axis=-1))
+        deltas.append(delta)
+    y, delta = concatenate(outputs), concatenate(deltas)
+    if tree.level_order is not None:
+        y, delta = y[tree.level_order], delta[tree.level_order]
+    return y, Tape((delta, keys, decay), states[0] if tree.rows == 1 else None)
 
 
 def _step(
@@ -84,64 +137,47 @@ def _step(
     return state + delta[..., None] * keys[..., None, :], delta
 
 
-def recur_tree(
-    queries: mx.array,
-    keys: mx.array,
-    values: mx.array,
-    decay: mx.array,
-    beta: mx.array,
-    state: mx.array,
-    tree: TreeLayout,
-) -> tuple[mx.array, mx.array]:
-    """The recurrence along every row's path: outputs and delta, both in row order.
+def replay(states: list[Array], tapes: list[Tape], path: list[int]) -> list[Array]:
+    """Advance every layer's state along the accepted path; one tape per layer.
 
-    queries, keys float32 [rows, heads, key_dim]; values float32 [rows, heads, value_dim]; decay g,
-    beta float32 [rows, heads]; state float32 [heads, value_dim, key_dim], left as it is.
-    Returns y and delta, float32 [rows, heads, value_dim].
+    states float32 [heads, value_dim, key_dim] each. Returns the new ones.
     """
-    states = state[None]
-    outputs, deltas = [], []
-    for level in tree.levels:
-        if level.parents is not None:
-            states = states[mx.array(level.parents)]
-        rows = mx.array(level.rows) if tree.rows > 1 else slice(None)
-        states, delta = _step(states, decay[rows], keys[rows], values[rows], beta[rows])
-        outputs.append((states * queries[rows][..., None, :]).sum(axis=-1))
-        deltas.append(delta)
-    y, delta = mx.concatenate(outputs), mx.concatenate(deltas)
-    if tree.level_order is not None:
-        y, delta = y[tree.level_order], delta[tree.level_order]
-    return y, delta
+    if tapes[0].last is not None and len(path) == tapes[0].rows[0].shape[0]:
+        return [tape.last for tape in tapes]
+    if is_numpy(states[0]):
+        from specdec.kernels.cpu import gated_delta as cpu
 
-
-def replay(state: mx.array, tapes: list[Tape], path: list[int]) -> mx.array:
-    """Advance all layers' states along the accepted path.
-
-    state float32 [layers, heads, value_dim, key_dim], one tape per layer. Returns the new state.
-    """
-    delta = mx.stack([tape.delta for tape in tapes])  # [layers, rows, heads, value_dim]
-    keys = mx.stack([tape.keys for tape in tapes])
-    decay = mx.stack([tape.decay for tape in tapes])
+        chain = TreeLayout.chain(len(path)).parents
+        last = []
+        for state, tape in zip(states, tapes, strict=True):
+            queries, keys, values, decay, beta = (rows[path] for rows in tape.rows)
+            last.append(cpu.recur(queries, keys, values, decay, beta, state, chain)[1])
+        return last
+    state = mx.stack(states)  # [layers, heads, value_dim, key_dim]
+    delta, keys, decay = (
+        mx.stack(list(rows)) for rows in zip(*(tape.rows for tape in tapes), strict=True)
+    )
     for row in path:
         state = state * decay[:, row, :, None, None]
         state = state + delta[:, row, :, :, None] * keys[:, row, :, None, :]
-    return state
+    return list(state)
 
 
 def recur_prompt(
-    queries: mx.array,
-    keys: mx.array,
-    values: mx.array,
-    log_decay: mx.array,
-    beta: mx.array,
-    state: mx.array,
-) -> tuple[mx.array, mx.array]:
-    """The recurrence over consecutive rows in chunks (the WY form of the delta rule).
+    queries: Array, keys: Array, values: Array, log_decay: Array, beta: Array, state: Array
+) -> tuple[Array, Array]:
+    """The recurrence over consecutive rows; in MLX in chunks (the WY form of the delta rule).
 
-    Shapes and dtypes as recur_tree, the decay as its logarithm. Returns outputs float32
-    [rows, heads, value_dim] and the state after the last row.
+    Shapes and dtypes as recur_tree. Returns outputs float32 [rows, heads, value_dim] and the state
+    after the last row.
     """
     rows = queries.shape[0]
+    if is_numpy(queries):
+        from specdec.kernels.cpu import gated_delta as cpu
+
+        chain = TreeLayout.chain(rows).parents
+        return cpu.recur(queries, keys, values, log_decay, beta, state, chain)
+    queries, keys = _for_value_heads(queries, keys, values.shape[1])
     padding = -rows % CHUNK
     # A padded row has beta = 0 and log g = 0: it changes nothing.
     queries, keys, values, log_decay, beta = (
@@ -178,9 +214,14 @@ def _unit_lower_inverse(strict: mx.array) -> mx.array:
 
     A is nilpotent, so the Neumann series ends: (I + A)(I + A^2)(I + A^4)(I + A^8).
     """
-    identity = mx.eye(CHUNK)
-    inverse, power = identity + strict, strict
+    inverse, power = mx.eye(CHUNK) + strict, strict
     for _ in range((CHUNK - 1).bit_length() - 1):
         power = power @ power
         inverse = inverse + inverse @ power
     return inverse
+
+
+def _for_value_heads(queries: mx.array, keys: mx.array, heads: int) -> tuple[mx.array, mx.array]:
+    """Queries and keys of the key heads, repeated for the value heads that share them."""
+    repeats = heads // queries.shape[1]
+    return mx.repeat(queries, repeats, axis=1), mx.repeat(keys, repeats, axis=1)

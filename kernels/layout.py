@@ -35,9 +35,21 @@ class TreeLayout:
     def rows(self) -> int:
         return len(self.parents)
 
+    @classmethod
+    def chain(cls, rows: int) -> "TreeLayout":
+        """A tree without branches: consecutive rows."""
+        return cls(np.arange(-1, rows - 1, dtype=np.int32))
+
+    @cached_property
+    def is_chain(self) -> bool:
+        return bool((self.parents == np.arange(-1, self.rows - 1)).all())
+
     @cached_property
     def paths(self) -> np.ndarray:
         """int32 [rows, depth + 1]: the rows from the root to each row, padded with -1."""
+        if self.is_chain:
+            above = np.arange(self.rows, dtype=np.int32)
+            return np.where(above <= above[:, None], above, np.int32(-1))
         paths: list[list[int]] = []
         for row, parent in enumerate(self.parents):
             paths.append([*paths[parent], row] if row else [0])

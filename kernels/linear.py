@@ -5,12 +5,18 @@ tree has to give each row the bits that decoding it alone would give.
 """
 
 import mlx.core as mx
+import numpy as np
 
+from specdec.kernels.array import Array, evaluate, is_numpy
 from specdec.kernels.weight import Weight
 
 
-def linear(x: mx.array, weight: Weight) -> mx.array:
+def linear(x: Array, weight: Weight) -> Array:
     """x [rows, in] times the transposed weight [out, in]: [rows, out] in x's dtype."""
+    if is_numpy(x):
+        from specdec.kernels.cpu import linear as cpu
+
+        return cpu.linear(x, weight)
     if not weight.quantized:
         return x @ weight.data.swapaxes(-1, -2)
     return mx.quantized_matmul(
@@ -38,25 +44,31 @@ class Projections:
                 self.matrices.append(weight)
                 self._pieces.append([])
         # Evaluated here, so that the parts are freed before the next layer is read.
-        mx.eval([array for m in self.matrices for array in m.arrays if array is not None])
+        evaluate(*(array for m in self.matrices for array in m.arrays if array is not None))
 
-    def __call__(self, x: mx.array) -> list[mx.array]:
+    def __call__(self, x: Array) -> list[Array]:
         """x [rows, in] -> one [rows, out_i] for every projection, in the order given."""
         outputs = []
         for matrix, pieces in zip(self.matrices, self._pieces, strict=True):
             y = linear(x, matrix)
-            outputs += mx.split(y, pieces, axis=-1) if pieces else [y]
+            starts = [0, *pieces]
+            outputs += [y[:, a:b] for a, b in zip(starts, [*pieces, None], strict=True)]
         return outputs
 
 
-def embed(ids: mx.array, weight: Weight) -> mx.array:
-    """Rows of the embedding: ids int32 [rows] -> [rows, hidden], dequantized in the scales' dtype."""
+def embed(ids: np.ndarray, weight: Weight) -> Array:
+    """Rows of the embedding: ids int32 [rows] -> [rows, hidden] in the weight's float dtype."""
+    if is_numpy(weight.data):
+        from specdec.kernels.cpu import linear as cpu
+
+        return cpu.embed(ids, weight)
+    index = mx.array(np.asarray(ids))
     if weight.scales is None or weight.biases is None:
-        return weight.data[ids]
+        return weight.data[index]
     return mx.dequantize(
-        weight.data[ids],
-        weight.scales[ids],
-        weight.biases[ids],
+        weight.data[index],
+        weight.scales[index],
+        weight.biases[index],
         group_size=weight.group_size,
         bits=weight.bits,
     )

@@ -18,6 +18,7 @@ import mlx.core as mx
 import numpy as np
 
 from specdec.errors import CheckpointError
+from specdec.kernels.array import Array, is_numpy
 
 _TABLE_STEP = 256  # positions per growth of the table; see Rope._grow
 
@@ -187,12 +188,18 @@ class Rope:
         # Every layer of a forward asks for the same positions: the last answer is kept.
         self._last: tuple[np.ndarray, mx.array, mx.array] | None = None
 
-    def __call__(self, x: mx.array, positions: mx.array | np.ndarray) -> mx.array:
+    def __call__(self, x: Array, positions: mx.array | np.ndarray) -> Array:
         """Rotate x [..., N, D] by positions int [N]; same shape and dtype, D >= dim.
 
         Dimensions from `dim` on pass unchanged. Computed in float32 and cast back.
         """
-        cos, sin = self._rows(np.asarray(positions))
+        at = np.asarray(positions)
+        if is_numpy(x):
+            from specdec.kernels.cpu import rope as cpu
+
+            self._reach(at)
+            return cpu.rotate(x, self._cos[at], self._sin[at])
+        cos, sin = self._rows(at)
         half, dim = self.config.dim // 2, self.config.dim
         first = x[..., :half].astype(mx.float32)
         second = x[..., half:dim].astype(mx.float32)
@@ -207,12 +214,15 @@ class Rope:
     def _rows(self, positions: np.ndarray) -> tuple[mx.array, mx.array]:
         """cos and sin, float32 [N, dim/2] each, of the given positions."""
         if self._last is None or not np.array_equal(self._last[0], positions):
-            assert positions.ndim == 1
-            assert positions.size == 0 or positions.min() >= 0
-            self._grow(int(positions.max(initial=-1)) + 1)
+            self._reach(positions)
             cos, sin = mx.array(self._cos[positions]), mx.array(self._sin[positions])
             self._last = (positions.copy(), cos, sin)
         return self._last[1], self._last[2]
+
+    def _reach(self, positions: np.ndarray) -> None:
+        assert positions.ndim == 1
+        assert positions.size == 0 or positions.min() >= 0
+        self._grow(int(positions.max(initial=-1)) + 1)
 
     def _grow(self, length: int) -> None:
         """Extend the tables to `length` positions, in whole steps.

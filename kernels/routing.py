@@ -2,14 +2,20 @@
 
 import mlx.core as mx
 
+from specdec.kernels.array import Array, is_numpy
 
-def route(logits: mx.array, top_k: int, normalize: bool) -> tuple[mx.array, mx.array]:
+
+def route(logits: Array, top_k: int, normalize: bool) -> tuple[Array, Array]:
     """The top_k experts of each row and their weights.
 
     logits [rows, experts] -> experts int32 [rows, top_k] by falling logit (the lower expert first
     when equal), weights float32 [rows, top_k]: softmax over all experts, or, with `normalize`,
     over the chosen ones (which equals softmax, then renormalization).
     """
+    if is_numpy(logits):
+        from specdec.kernels.cpu import routing as cpu
+
+        return cpu.route(logits, top_k, normalize)
     logits = logits.astype(mx.float32)
     # a stable sort of the negated logits puts the lower expert first among equals
     experts = mx.argsort(-logits, axis=-1)[:, :top_k]

@@ -5,8 +5,10 @@ from dataclasses import dataclass
 from typing import Self
 
 import mlx.core as mx
+import numpy as np
 
 from specdec.checkpoint import Checkpoint
+from specdec.kernels.array import Array, Backend, concatenate, is_numpy
 
 
 @dataclass(frozen=True, eq=False)
@@ -19,9 +21,9 @@ class Weight:
     bits, group_size: 0 when dense.
     """
 
-    data: mx.array
-    scales: mx.array | None = None
-    biases: mx.array | None = None
+    data: Array
+    scales: Array = None
+    biases: Array = None
     bits: int = 0
     group_size: int = 0
 
@@ -30,29 +32,37 @@ class Weight:
 
     @classmethod
     def load(
-        cls, checkpoint: Checkpoint, path: str, out: int, in_features: int, dtype: mx.Dtype
+        cls, checkpoint: Checkpoint, path: str, out: int, in_features: int, backend: Backend
     ) -> Self:
-        """Read the matrix [out, in_features] of a module; floats become `dtype`.
+        """Read the matrix [out, in_features] of a module to where the backend computes.
 
         path: the module's name, "model.embed_tokens" for "model.embed_tokens.weight".
         CheckpointError when a tensor is missing or has another shape or packing.
         """
         quantization = checkpoint.quantization(path, in_features)
         if quantization is None:
-            return cls(checkpoint.load(f"{path}.weight", (out, in_features), dtype))
+            return cls(backend.load(checkpoint, f"{path}.weight", (out, in_features)))
         packed = in_features * quantization.bits // 32
         groups = in_features // quantization.group_size
         return cls(
-            checkpoint.load(f"{path}.weight", (out, packed)),
-            checkpoint.load(f"{path}.scales", (out, groups), dtype),
-            checkpoint.load(f"{path}.biases", (out, groups), dtype),
+            backend.load(checkpoint, f"{path}.weight", (out, packed)),
+            backend.load(checkpoint, f"{path}.scales", (out, groups)),
+            backend.load(checkpoint, f"{path}.biases", (out, groups)),
             quantization.bits,
             quantization.group_size,
         )
 
-    def rows(self, index: mx.array) -> "Weight":
+    def rows(self, index: np.ndarray) -> "Weight":
         """The output features of a matrix in another order; exact, for packing is along a row."""
-        return self._each(lambda array: array[index])
+        return self._each(lambda array: array[index if is_numpy(array) else mx.array(index)])
+
+    def on(self, backend: Backend) -> "Weight":
+        """The same weight as a backend holds it."""
+        return self._each(backend.place)
+
+    def stack(self) -> "Weight":
+        """This matrix as a stack of one."""
+        return self._each(lambda array: array[None])
 
     def same_format(self, other: "Weight") -> bool:
         """Whether the two could be one matrix: equal bits, group size, inputs and dtype."""
@@ -67,19 +77,19 @@ class Weight:
         """One matrix with the other's output features first; they must have the same format."""
         assert self.same_format(other)
         pairs = [
-            None if mine is None or theirs is None else mx.concatenate([theirs, mine], axis=-2)
+            None if mine is None or theirs is None else concatenate([theirs, mine], axis=-2)
             for mine, theirs in zip(self.arrays, other.arrays, strict=True)
         ]
         assert pairs[0] is not None
         return Weight(pairs[0], pairs[1], pairs[2], self.bits, self.group_size)
 
-    def _each(self, change: Callable[[mx.array], mx.array]) -> "Weight":
+    def _each(self, change: Callable[[Array], Array]) -> "Weight":
         data, scales, biases = (None if a is None else change(a) for a in self.arrays)
         assert data is not None
         return Weight(data, scales, biases, self.bits, self.group_size)
 
     @property
-    def arrays(self) -> tuple[mx.array, mx.array | None, mx.array | None]:
+    def arrays(self) -> tuple[Array, Array, Array]:
         return self.data, self.scales, self.biases
 
     @property

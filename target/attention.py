@@ -1,9 +1,8 @@
 """Attention: a full-attention layer with grouped heads, q/k norms, partial rotary, output gate."""
 
-import mlx.core as mx
-
+from specdec.kernels.array import Array
 from specdec.kernels.linear import Projections, linear
-from specdec.kernels.norm import rms_norm
+from specdec.kernels.norm import rms_norm, sigmoid_gate
 from specdec.kernels.rope import Rope
 from specdec.target.config import TargetConfig
 from specdec.target.passes import Pass
@@ -28,7 +27,7 @@ class Attention:
         self.q_norm = tensors.array("q_norm.weight", (dim,))
         self.k_norm = tensors.array("k_norm.weight", (dim,))
 
-    def __call__(self, x: mx.array, this: Pass) -> mx.array:
+    def __call__(self, x: Array, this: Pass) -> Array:
         """x [rows, hidden] -> [rows, hidden]."""
         config = self.config
         rows, dim = x.shape[0], config.head_dim
@@ -36,7 +35,7 @@ class Attention:
         queries = queries.reshape(rows, config.num_heads, -1)
         gate = None
         if config.attn_output_gate:  # per head: the query, then its gate
-            queries, gate = mx.split(queries, 2, axis=-1)
+            queries, gate = queries[..., :dim], queries[..., dim:].reshape(rows, -1)
         queries = rms_norm(queries, self.q_norm, config.rms_norm_eps).swapaxes(0, 1)
         keys = keys.reshape(rows, config.num_kv_heads, dim)
         keys = rms_norm(keys, self.k_norm, config.rms_norm_eps).swapaxes(0, 1)
@@ -49,6 +48,4 @@ class Attention:
             dim**-0.5,
         )
         out = out.swapaxes(0, 1).reshape(rows, -1)  # [rows, heads * dim]
-        if gate is not None:
-            out = out * mx.sigmoid(gate.reshape(rows, -1))
-        return linear(out, self.out)
+        return linear(out if gate is None else sigmoid_gate(out, gate), self.out)

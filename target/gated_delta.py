@@ -8,7 +8,8 @@ the separate order when they are read, so that there is one forward.
 import mlx.core as mx
 import numpy as np
 
-from specdec.kernels.gated_delta import log_decay, normalize_keys
+from specdec.kernels.array import Array, contiguous
+from specdec.kernels.gated_delta import gates, normalize_keys
 from specdec.kernels.linear import Projections, linear
 from specdec.kernels.norm import gated_rms_norm
 from specdec.kernels.weight import Weight
@@ -27,26 +28,23 @@ class GatedDelta:
         gdn, hidden = self.gdn, config.hidden_size
         self.inputs = Projections(_input_weights(tensors, gdn, hidden))
         conv = tensors.array("conv1d.weight", (gdn.conv_channels, gdn.conv_kernel, 1))
-        self.conv = mx.contiguous(conv[:, :, 0].T)  # [taps, channels]
+        self.conv = contiguous(conv[:, :, 0].swapaxes(0, 1))  # [taps, channels]
         self.a_log = tensors.array("A_log", (gdn.num_value_heads,), mx.float32)
         self.dt_bias = tensors.array("dt_bias", (gdn.num_value_heads,), mx.float32)
         self.norm = tensors.array("norm.weight", (gdn.value_dim,))
         self.out = tensors.weight("out_proj", hidden, gdn.values)
 
-    def __call__(self, x: mx.array, this: Pass) -> mx.array:
+    def __call__(self, x: Array, this: Pass) -> Array:
         """x [rows, hidden] -> [rows, hidden]."""
         gdn, rows = self.gdn, x.shape[0]
         qkv, z, b, a = self.inputs(x)
         qkv = this.convolve(self.index, qkv, self.conv)
-        queries, keys, values = mx.split(qkv, [gdn.keys, 2 * gdn.keys], axis=-1)
         queries, keys = normalize_keys(
-            queries.reshape(rows, gdn.num_key_heads, gdn.key_dim),
-            keys.reshape(rows, gdn.num_key_heads, gdn.key_dim),
-            gdn.num_value_heads,
+            qkv[:, : gdn.keys].reshape(rows, gdn.num_key_heads, gdn.key_dim),
+            qkv[:, gdn.keys : 2 * gdn.keys].reshape(rows, gdn.num_key_heads, gdn.key_dim),
         )
-        values = values.reshape(rows, gdn.num_value_heads, gdn.value_dim).astype(mx.float32)
-        decay = log_decay(a, self.a_log, self.dt_bias)
-        beta = mx.sigmoid(b.astype(mx.float32))
+        values = qkv[:, 2 * gdn.keys :].reshape(rows, gdn.num_value_heads, gdn.value_dim)
+        decay, beta = gates(a, b, self.a_log, self.dt_bias)
         y = this.recur(self.index, queries, keys, values, decay, beta).astype(x.dtype)
         y = gated_rms_norm(y, z.reshape(y.shape), self.norm, self.eps)
         return linear(y.reshape(rows, -1), self.out)
@@ -69,15 +67,11 @@ def _input_weights(tensors: Tensors, gdn: GatedDeltaConfig, hidden: int) -> list
     rows = np.arange(qkvz.out_features).reshape(gdn.num_key_heads, -1)
     splits = np.cumsum([gdn.key_dim, gdn.key_dim, per_key])
     q, k, v, z = (part.reshape(-1) for part in np.split(rows, splits, axis=1))
-    b, a = (
-        part.reshape(-1)
-        for part in np.split(
-            np.arange(2 * heads).reshape(-1, 2 * heads // gdn.num_key_heads), 2, axis=1
-        )
-    )
+    ba_rows = np.arange(2 * heads).reshape(gdn.num_key_heads, -1)
+    b, a = (part.reshape(-1) for part in np.split(ba_rows, 2, axis=1))
     return [
-        qkvz.rows(mx.array(np.concatenate([q, k, v]))),
-        qkvz.rows(mx.array(z)),
-        ba.rows(mx.array(b)),
-        ba.rows(mx.array(a)),
+        qkvz.rows(np.concatenate([q, k, v])),
+        qkvz.rows(z),
+        ba.rows(b),
+        ba.rows(a),
     ]

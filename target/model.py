@@ -9,11 +9,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Self
 
-import mlx.core as mx
 import numpy as np
 
 from specdec.checkpoint import Checkpoint
 from specdec.errors import CheckpointError, NonFiniteError
+from specdec.kernels.array import Array, Backend, all_finite, concatenate, evaluate, to_numpy
 from specdec.kernels.layout import TreeLayout
 from specdec.kernels.linear import embed, linear
 from specdec.kernels.norm import rms_norm
@@ -37,17 +37,17 @@ class Output:
     Of a prefill, logits has the last row alone unless all were asked for.
     """
 
-    logits: mx.array
-    taps: mx.array
+    logits: Array
+    taps: Array
 
 
 @dataclass(frozen=True, eq=False)
 class Layer:
     """norm, mixer, norm, feed-forward, each half added to the residual."""
 
-    input_norm: mx.array
+    input_norm: Array
     mixer: Attention | GatedDelta
-    post_norm: mx.array
+    post_norm: Array
     mlp: MLP | MoE
 
 
@@ -59,14 +59,14 @@ class Target:
         config: TargetConfig,
         layers: list[Layer],
         embedding: Weight,
-        norm: mx.array,
+        norm: Array,
         head: Weight,
         experts: ExpertCache,
-        dtype: mx.Dtype,
+        backend: Backend,
         taps: Sequence[int],
     ) -> None:
         assert all(0 <= tap < config.num_layers for tap in taps)
-        self.config, self.layers, self.dtype = config, layers, dtype
+        self.config, self.layers, self.backend = config, layers, backend
         self.embedding, self.norm, self.head = embedding, norm, head
         self.experts, self.taps = experts, tuple(taps)
         self.reset()
@@ -77,7 +77,7 @@ class Target:
         checkpoint: Checkpoint,
         config: TargetConfig,
         experts: ExpertCache,
-        dtype: mx.Dtype,
+        backend: Backend,
         taps: Sequence[int] = (),
         on_progress: Callable[[int, int], None] | None = None,
     ) -> Self:
@@ -88,7 +88,7 @@ class Target:
                 "(mlp.experts.*), expected mlx-community's mlp.switch_mlp.*; "
                 "convert the model with mlx_lm.convert"
             )
-        root = Tensors(checkpoint, config.prefix, dtype)
+        root = Tensors(checkpoint, config.prefix, backend)
         rope, hidden = Rope(config.rope), config.hidden_size
         layers: list[Layer] = []
         for i, kind in enumerate(config.layer_types):
@@ -111,14 +111,14 @@ class Target:
         embedding = root.weight("embed_tokens", config.vocab_size, hidden)
         head = embedding
         if not config.tie_word_embeddings:
-            outer = Tensors(checkpoint, config.head_prefix, dtype)
+            outer = Tensors(checkpoint, config.head_prefix, backend)
             head = outer.weight("lm_head", config.vocab_size, hidden)
         norm = root.array("norm.weight", (hidden,))
-        return cls(config, layers, embedding, norm, head, experts, dtype, taps)
+        return cls(config, layers, embedding, norm, head, experts, backend, taps)
 
     def reset(self) -> None:
         """Forget all tokens."""
-        self.state = State(self.config, self.dtype)
+        self.state = State(self.config, self.backend)
         self._pending: TreePass | None = None
 
     @property
@@ -147,14 +147,14 @@ class Target:
             last = start + len(part) == len(tokens)
             if all_logits or last:
                 logits.append(self._logits(hidden if all_logits else hidden[-1:]))
-            mx.eval(hidden, tapped, *logits[-1:])
+            evaluate(hidden, tapped, *logits[-1:])
             self._check_finite(hidden if not logits else logits[-1], part, this)
-            for layer, chosen in this.commit().items():
-                self.experts.touch(layer, chosen.reshape(-1))
+            this.commit()
+            self._count(this, slice(None))
             taps.append(tapped)
             if on_progress is not None:
                 on_progress(start + len(part), len(tokens))
-        return Output(mx.concatenate(logits), mx.concatenate(taps))
+        return Output(concatenate(logits), concatenate(taps))
 
     def verify(self, tree: DraftTree) -> Output:
         """Run all rows of a tree after the committed tokens; commits nothing."""
@@ -162,7 +162,7 @@ class Target:
         this = TreePass(self.state, TreeLayout(tree.parents))
         hidden, taps = self._forward(tree.tokens, this)
         logits = self._logits(hidden)
-        mx.eval(logits, taps, *this.arrays())
+        evaluate(logits, taps, *this.arrays())
         self._check_finite(logits, tree.tokens, this)
         self._pending = this
         return Output(logits, taps)
@@ -171,8 +171,8 @@ class Target:
         """Make a path of the verified tree (rows, the root first) part of the state."""
         assert self._pending is not None, "commit without a verified tree"
         this, self._pending = self._pending, None
-        for layer, chosen in this.commit(list(path)).items():
-            self.experts.touch(layer, chosen.reshape(-1))
+        this.commit(list(path))
+        self._count(this, list(path))
 
     def _forward(self, tokens: np.ndarray, this: Pass, probe: bool = False) -> tuple:
         """Hidden rows after the last layer [rows, hidden], and the taps [rows, taps * hidden].
@@ -180,40 +180,36 @@ class Target:
         With `probe`, every layer's output is checked, and NonFiniteError names the first bad one.
         """
         eps = self.config.rms_norm_eps
-        x = embed(mx.array(tokens), self.embedding).astype(self.dtype)
-        if probe and not _finite(x):
+        x = embed(tokens, self.embedding)
+        if probe and not all_finite(x):
             raise NonFiniteError("NaN or Inf in the token embeddings")
-        tapped: dict[int, mx.array] = {}
+        tapped: dict[int, Array] = {}
         for i, layer in enumerate(self.layers):
             x = x + layer.mixer(rms_norm(x, layer.input_norm, eps), this)
-            if probe and not _finite(x):
+            if probe and not all_finite(x):
                 raise NonFiniteError(
                     f"NaN or Inf first appears in layer {i} ({self.config.layer_types[i]})"
                 )
             x = x + layer.mlp(rms_norm(x, layer.post_norm, eps), this)
-            if probe and not _finite(x):
+            if probe and not all_finite(x):
                 raise NonFiniteError(f"NaN or Inf first appears in layer {i} (feed-forward)")
             if i in self.taps:
                 tapped[i] = x
         taps = [tapped[i] for i in self.taps]
-        return x, mx.concatenate(taps, axis=-1) if taps else mx.zeros((len(tokens), 0), x.dtype)
+        return x, concatenate(taps, axis=-1) if taps else x[:, :0]
 
-    def _logits(self, hidden: mx.array) -> mx.array:
+    def _logits(self, hidden: Array) -> Array:
         """[rows, hidden] -> [rows, vocab]."""
         return linear(rms_norm(hidden, self.norm, self.config.rms_norm_eps), self.head)
 
-    def _check_finite(self, values: mx.array, tokens: np.ndarray, this: Pass) -> None:
+    def _check_finite(self, values: Array, tokens: np.ndarray, this: Pass) -> None:
         """Stop on NaN or Inf, saying where it began; nothing of this pass is committed yet."""
-        if _finite(values):
+        if all_finite(values):
             return
-        again = (
-            PromptPass(self.state, len(tokens))
-            if isinstance(this, PromptPass)
-            else TreePass(self.state, this.tree)  # type: ignore[attr-defined]
-        )
-        self._forward(tokens, again, probe=True)
+        self._forward(tokens, this.again(), probe=True)
         raise NonFiniteError("NaN or Inf first appears in the logits (final norm or head)")
 
-
-def _finite(x: mx.array) -> bool:
-    return bool(mx.isfinite(x).all().item())
+    def _count(self, this: Pass, rows: slice | list[int]) -> None:
+        """Experts that committed rows used: recency in the slots, hits of the pinned layers."""
+        for layer, chosen in this.chosen.items():
+            self.experts.touch(layer, to_numpy(chosen)[rows].reshape(-1))

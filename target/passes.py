@@ -1,15 +1,16 @@
 """The two ways through the layers: a prompt chunk, and a tree on top of the committed tokens.
 
 A layer computes its projections and asks its pass for what depends on other tokens: attention,
-convolution, recurrence. PromptPass stages the chunk's results, TreePass only collects what
-committing a path would need. Neither touches the committed tokens before `commit`.
+convolution, recurrence. A pass collects what committing will need and leaves the committed tokens
+as they are until `commit`.
 """
 
+from itertools import pairwise
 from typing import Protocol
 
-import mlx.core as mx
 import numpy as np
 
+from specdec.kernels.array import Array, concatenate, contiguous
 from specdec.kernels.attention import AttentionLayout, prefill_attention, tree_attention
 from specdec.kernels.gated_delta import (
     Tape,
@@ -24,32 +25,26 @@ from specdec.target.state import State
 
 
 class Pass(Protocol):
-    """What a layer needs to know about the other tokens; `index` counts layers of one kind.
+    """What a layer asks of the other tokens; `index` counts layers of one kind.
 
-    Shapes: queries [heads, rows, dim], keys and values [kv_heads, rows, dim] for attend; the
-    gated delta operations as in kernels.gated_delta.
+    Shapes as in kernels.attention (keys and values [kv_heads, rows, dim]) and kernels.gated_delta.
     """
 
     positions: np.ndarray  # int32 [rows]
+    chosen: dict[int, Array]  # MoE layer -> experts of each row, int32 [rows, top_k]
 
     def attend(
-        self, index: int, queries: mx.array, keys: mx.array, values: mx.array, scale: float
-    ) -> mx.array: ...
+        self, index: int, queries: Array, keys: Array, values: Array, scale: float
+    ) -> Array: ...
 
-    def convolve(self, index: int, x: mx.array, weight: mx.array) -> mx.array: ...
+    def convolve(self, index: int, x: Array, weight: Array) -> Array: ...
 
     def recur(
-        self,
-        index: int,
-        queries: mx.array,
-        keys: mx.array,
-        values: mx.array,
-        log_decay: mx.array,
-        beta: mx.array,
-    ) -> mx.array: ...
+        self, index: int, queries: Array, keys: Array, values: Array, log_decay: Array, beta: Array
+    ) -> Array: ...
 
-    def used_experts(self, layer: int, chosen: np.ndarray) -> None:
-        """Rows used these experts of an unpinned layer: chosen int [rows, top_k]."""
+    def again(self) -> "Pass":
+        """A fresh pass over the same rows."""
         ...
 
 
@@ -59,50 +54,39 @@ class PromptPass:
     def __init__(self, state: State, rows: int) -> None:
         self.state, self.rows = state, rows
         self.positions = np.arange(state.length, state.length + rows, dtype=np.int32)
-        self.chosen: dict[int, np.ndarray] = {}
-        self._conv: dict[int, mx.array] = {}
-        self._recurrent: dict[int, mx.array] = {}
+        self.chosen: dict[int, Array] = {}
+        self._conv: dict[int, Array] = {}
+        self._recurrent: dict[int, Array] = {}
 
-    def attend(
-        self, index: int, queries: mx.array, keys: mx.array, values: mx.array, scale: float
-    ) -> mx.array:
-        self.state.append(index, keys, values)
-        end = self.state.length + self.rows
-        seen = self.state.keys[index][:, :end], self.state.values[index][:, :end]
-        return prefill_attention(queries, *seen, scale)
+    def again(self) -> "PromptPass":
+        return PromptPass(self.state, self.rows)
 
-    def convolve(self, index: int, x: mx.array, weight: mx.array) -> mx.array:
+    def attend(self, index: int, queries: Array, keys: Array, values: Array, scale: float) -> Array:
+        state = self.state
+        state.stage(index, keys, values)
+        return prefill_attention(
+            queries, state.keys[index], state.values[index], state.length, scale
+        )
+
+    def convolve(self, index: int, x: Array, weight: Array) -> Array:
         state = self.state.conv[index]
-        self._conv[index] = mx.concatenate([state, x], axis=0)[self.rows :]
+        self._conv[index] = concatenate([state, x])[self.rows :]
         return convolve_prompt(x, state, weight)
 
     def recur(
-        self,
-        index: int,
-        queries: mx.array,
-        keys: mx.array,
-        values: mx.array,
-        log_decay: mx.array,
-        beta: mx.array,
-    ) -> mx.array:
+        self, index: int, queries: Array, keys: Array, values: Array, log_decay: Array, beta: Array
+    ) -> Array:
         y, self._recurrent[index] = recur_prompt(
             queries, keys, values, log_decay, beta, self.state.recurrent[index]
         )
         return y
 
-    def used_experts(self, layer: int, chosen: np.ndarray) -> None:
-        self.chosen[layer] = chosen
-
-    def commit(self) -> dict[int, np.ndarray]:
-        """Make the chunk part of the state; returns the experts used per unpinned layer."""
-        state = self.state
-        if self._conv:
-            layers = range(len(state.conv))
-            state.conv = [mx.contiguous(self._conv[index]) for index in layers]
-            state.recurrent = mx.stack([self._recurrent[index] for index in layers])
-        mx.eval(state.arrays())
-        state.length += self.rows
-        return self.chosen
+    def commit(self) -> None:
+        """Make the chunk part of the state."""
+        layers = range(len(self._conv))
+        self.state.conv = [contiguous(self._conv[index]) for index in layers]
+        self.state.recurrent = [self._recurrent[index] for index in layers]
+        self.state.advance(self.rows)
 
 
 class TreePass:
@@ -111,74 +95,49 @@ class TreePass:
     def __init__(self, state: State, tree: TreeLayout) -> None:
         self.state, self.tree = state, tree
         self.positions = (state.length + tree.depths).astype(np.int32)
-        self.layout = AttentionLayout.of(tree, state.length)
-        self.chosen: dict[int, np.ndarray] = {}
-        self._new: dict[int, tuple[mx.array, mx.array]] = {}
-        self._inputs: dict[int, mx.array] = {}
+        self.chosen: dict[int, Array] = {}
+        self._attention = AttentionLayout(tree, state.length)
+        self._inputs: dict[int, Array] = {}
         self._tapes: dict[int, Tape] = {}
-        if state.conv:
-            taps = state.conv[0].shape[0] + 1
-            self._windows = tree.windows(taps)
-            self._window_index = mx.array(self._windows)
+        taps = state.conv[0].shape[0] + 1 if state.conv else 1
+        self._windows = tree.windows(taps)
 
-    def attend(
-        self, index: int, queries: mx.array, keys: mx.array, values: mx.array, scale: float
-    ) -> mx.array:
-        self._new[index] = keys, values
-        committed = self.state.keys[index], self.state.values[index]
-        return tree_attention(queries, *committed, keys, values, self.layout, scale)
+    def again(self) -> "TreePass":
+        return TreePass(self.state, self.tree)
 
-    def convolve(self, index: int, x: mx.array, weight: mx.array) -> mx.array:
+    def attend(self, index: int, queries: Array, keys: Array, values: Array, scale: float) -> Array:
+        self.state.stage(index, keys, values)
+        buffers = self.state.keys[index], self.state.values[index]
+        return tree_attention(queries, *buffers, self._attention, scale)
+
+    def convolve(self, index: int, x: Array, weight: Array) -> Array:
         self._inputs[index] = x
-        return convolve(x, self.state.conv[index], self._window_index, weight)
+        return convolve(x, self.state.conv[index], self._windows, weight)
 
     def recur(
-        self,
-        index: int,
-        queries: mx.array,
-        keys: mx.array,
-        values: mx.array,
-        log_decay: mx.array,
-        beta: mx.array,
-    ) -> mx.array:
-        decay = mx.exp(log_decay)
-        state = self.state.recurrent[index]
-        y, delta = recur_tree(queries, keys, values, decay, beta, state, self.tree)
-        self._tapes[index] = Tape(delta, keys, decay)
+        self, index: int, queries: Array, keys: Array, values: Array, log_decay: Array, beta: Array
+    ) -> Array:
+        y, self._tapes[index] = recur_tree(
+            queries, keys, values, log_decay, beta, self.state.recurrent[index], self.tree
+        )
         return y
 
-    def used_experts(self, layer: int, chosen: np.ndarray) -> None:
-        self.chosen[layer] = chosen
-
-    def arrays(self) -> list[mx.array]:
+    def arrays(self) -> list[Array]:
         """What commit will read, to evaluate together with the logits."""
-        tapes = self._tapes.values()
-        return [
-            *(array for pair in self._new.values() for array in pair),
-            *self._inputs.values(),
-            *(array for tape in tapes for array in (tape.delta, tape.keys, tape.decay)),
-        ]
+        tapes = [array for tape in self._tapes.values() for array in (*tape.rows, tape.last)]
+        kept = [*self.state.keys, *self.state.values, *self._inputs.values(), *tapes]
+        return [array for array in kept if array is not None]
 
-    def commit(self, path: list[int]) -> dict[int, np.ndarray]:
-        """Make a path from the root part of the state; returns its rows' experts per layer."""
+    def commit(self, path: list[int]) -> None:
+        """Make a path from the root part of the state."""
         assert path[0] == 0
-        assert all(
-            self.tree.parents[row] == above for above, row in zip(path, path[1:], strict=False)
-        )
-        state, rows = self.state, mx.array(path)
-        for index, (keys, values) in self._new.items():
-            state.append(index, keys[:, rows], values[:, rows])
+        assert all(self.tree.parents[row] == above for above, row in pairwise(path))
+        state = self.state
+        state.keep(path)
         if self._tapes:
             layers = range(len(state.conv))
             # The window of a token after the path's last row, less that token itself.
-            window = mx.array(self._windows[path[-1]][1:])
-            state.conv = [
-                mx.concatenate([state.conv[index], self._inputs[index]], axis=0)[window]
-                for index in layers
-            ]
-            state.recurrent = replay(
-                state.recurrent, [self._tapes[index] for index in layers], path
-            )
-        mx.eval(state.arrays())
-        state.length += len(path)
-        return {layer: chosen[path] for layer, chosen in self.chosen.items()}
+            window = state.backend.index(self._windows[path[-1]][1:])
+            state.conv = [concatenate([state.conv[i], self._inputs[i]])[window] for i in layers]
+            state.recurrent = replay(state.recurrent, [self._tapes[i] for i in layers], path)
+        state.advance(len(path))

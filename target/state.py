@@ -6,6 +6,7 @@ delta layers, and how many tokens they stand for. Only a prompt chunk and `commi
 
 import mlx.core as mx
 
+from specdec.kernels.array import Array, Backend, concatenate, evaluate
 from specdec.target.config import TargetConfig
 
 KV_STEP = 256  # positions the key and value buffers grow by
@@ -15,27 +16,27 @@ class State:
     """Buffers of a session.
 
     keys, values: per full-attention layer [kv_heads, capacity, head_dim] in the engine's dtype;
-        rows from `length` on are undefined.
+        what stands from `length` on is not committed.
     conv: per gated delta layer [taps - 1, channels], the rows before the next token.
-    recurrent: float32 [gated delta layers, value_heads, value_dim, key_dim].
+    recurrent: per gated delta layer float32 [value_heads, value_dim, key_dim].
     """
 
-    def __init__(self, config: TargetConfig, dtype: mx.Dtype) -> None:
-        self.config, self.dtype = config, dtype
+    def __init__(self, config: TargetConfig, backend: Backend) -> None:
+        self.config, self.backend = config, backend
         self.length = 0
-        empty = mx.zeros((config.num_kv_heads, 0, config.head_dim), dtype)
+        empty = backend.zeros((config.num_kv_heads, 0, config.head_dim))
         self.keys = [empty for _ in config.full_layers]
         self.values = [empty for _ in config.full_layers]
-        gdn, layers = config.gdn, len(config.linear_layers)
-        self.conv: list[mx.array] = []
-        self.recurrent = mx.zeros((0,))
-        if gdn is not None and layers:
-            conv = mx.zeros((gdn.conv_kernel - 1, gdn.conv_channels), dtype)
-            self.conv = [conv for _ in range(layers)]
+        self.conv: list[Array] = []
+        self.recurrent: list[Array] = []
+        if config.gdn is not None:
+            gdn, layers = config.gdn, config.linear_layers
+            conv = backend.zeros((gdn.conv_kernel - 1, gdn.conv_channels))
             heads = (gdn.num_value_heads, gdn.value_dim, gdn.key_dim)
-            self.recurrent = mx.zeros((layers, *heads), mx.float32)
+            self.conv = [conv for _ in layers]
+            self.recurrent = [backend.zeros(heads, mx.float32) for _ in layers]
 
-    def append(self, index: int, keys: mx.array, values: mx.array) -> None:
+    def stage(self, index: int, keys: Array, values: Array) -> None:
         """Write keys and values [kv_heads, rows, head_dim] of one layer behind the committed ones.
 
         They count once `length` is advanced.
@@ -46,11 +47,22 @@ class State:
             missing = end - buffer.shape[1]
             if missing > 0:
                 steps = -(-missing // KV_STEP) * KV_STEP
-                more = mx.zeros((buffer.shape[0], steps, buffer.shape[2]), self.dtype)
-                buffer = mx.concatenate([buffer, more], axis=1)
+                more = self.backend.zeros((buffer.shape[0], steps, buffer.shape[2]))
+                buffer = concatenate([buffer, more], axis=1)
             buffer[:, start:end] = new
             buffers[index] = buffer
 
-    def arrays(self) -> list[mx.array]:
-        """Everything to evaluate."""
-        return [*self.keys, *self.values, *self.conv, self.recurrent]
+    def keep(self, path: list[int]) -> None:
+        """Move the staged keys and values of these rows to directly behind the committed ones."""
+        if path == list(range(len(path))):
+            return
+        start, end = self.length, self.length + len(path)
+        rows = self.backend.index([start + row for row in path])
+        for buffers in (self.keys, self.values):
+            for buffer in buffers:
+                buffer[:, start:end] = buffer[:, rows]
+
+    def advance(self, rows: int) -> None:
+        """The next `rows` staged tokens are committed; everything of them is evaluated first."""
+        evaluate(*self.keys, *self.values, *self.conv, *self.recurrent)
+        self.length += rows

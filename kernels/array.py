@@ -1,0 +1,124 @@
+"""Array: what the operations work on, and where.
+
+An operation in kernels/ computes where its arrays live: MLX arrays with MLX, NumPy arrays with the
+Numba kernels of kernels/cpu. Loading decides once, by `choose_backend`; nothing is moved later.
+"""
+
+import importlib.util
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import mlx.core as mx
+import numpy as np
+
+from specdec.checkpoint import Checkpoint
+from specdec.errors import SpecdecError
+
+# mx.array or np.ndarray; one model's arrays are all of one kind
+Array: TypeAlias = Any
+
+BACKENDS = ("cpu", "reference")
+
+
+@dataclass(frozen=True)
+class Backend:
+    """Where a model's arrays live.
+
+    name: "cpu" (NumPy and Numba) or "reference" (plain MLX on MLX's default device).
+    dtype: of activations and of everything that is not packed.
+    why: how it came to be chosen, in words.
+    """
+
+    name: str
+    dtype: mx.Dtype
+    why: str
+
+    def __post_init__(self) -> None:
+        assert self.name in BACKENDS
+        assert self.name != "cpu" or self.dtype == mx.float32
+
+    def place(self, array: mx.array) -> Array:
+        """The array as this backend holds it; shares memory where it can."""
+        return np.array(array, copy=False) if self.name == "cpu" else array
+
+    def load(
+        self,
+        checkpoint: Checkpoint,
+        name: str,
+        shape: tuple[int, ...] | None = None,
+        dtype: mx.Dtype | None = None,
+    ) -> Array:
+        """Read a tensor; floats become `dtype` or the backend's."""
+        return self.place(checkpoint.load(name, shape, dtype or self.dtype))
+
+    def zeros(self, shape: Sequence[int], dtype: mx.Dtype | None = None) -> Array:
+        if self.name == "cpu":
+            return np.zeros(shape, np.float32)
+        return mx.zeros(shape, dtype or self.dtype)
+
+    def index(self, values: Sequence[int] | np.ndarray) -> Array:
+        """Indexes for `array[index]`."""
+        return np.asarray(values) if self.name == "cpu" else mx.array(np.asarray(values))
+
+
+def choose_backend(dtype: mx.Dtype | None = None) -> Backend:
+    """The backend for this machine; SPECDEC_KERNELS forces one and fails if it cannot be had.
+
+    dtype: of the checkpoint's floats, used on a GPU; on a CPU activations are float32, where
+        anything shorter is emulated and many times slower.
+    """
+    on_gpu = mx.default_device() == mx.gpu
+    has_numba = importlib.util.find_spec("numba") is not None
+    forced = os.environ.get("SPECDEC_KERNELS")
+    if forced is not None:
+        if forced not in BACKENDS:
+            raise SpecdecError(
+                f"SPECDEC_KERNELS = {forced!r}, expected one of {', '.join(BACKENDS)}"
+            )
+        if forced == "cpu" and not has_numba:
+            raise SpecdecError("SPECDEC_KERNELS = 'cpu' needs numba: pip install 'specdec[cpu]'")
+        name, why = forced, "forced by SPECDEC_KERNELS"
+    elif on_gpu:
+        name, why = "reference", "MLX's GPU device"
+    elif has_numba:
+        name, why = "cpu", "no GPU device; numba is installed"
+    else:
+        name, why = "reference", "no GPU device, and numba is not installed (pip install numba)"
+    if name == "cpu" or not on_gpu:
+        return Backend(name, mx.float32, why)
+    # float16 ends at 65504, which residual streams exceed
+    return Backend(name, mx.float32 if dtype == mx.float32 else mx.bfloat16, why)
+
+
+def is_numpy(x: Array) -> bool:
+    return isinstance(x, np.ndarray)
+
+
+def to_numpy(x: Array) -> np.ndarray:
+    """The values on the host, evaluated; bfloat16 becomes float32."""
+    if isinstance(x, np.ndarray):
+        return x
+    return np.array(x.astype(mx.float32) if x.dtype == mx.bfloat16 else x)
+
+
+def concatenate(arrays: Sequence[Array], axis: int = 0) -> Array:
+    if len(arrays) == 1:
+        return arrays[0]
+    return (np if is_numpy(arrays[0]) else mx).concatenate(arrays, axis=axis)
+
+
+def contiguous(x: Array) -> Array:
+    """x laid out row by row, in memory of its own size."""
+    return np.array(x, order="C") if is_numpy(x) else mx.contiguous(x)
+
+
+def evaluate(*arrays: Array) -> None:
+    """Wait for MLX arrays; NumPy arrays are there already."""
+    mx.eval([array for array in arrays if not is_numpy(array)])
+
+
+def all_finite(x: Array) -> bool:
+    """Whether x has no NaN and no Inf."""
+    return bool(np.isfinite(x).all()) if is_numpy(x) else bool(mx.isfinite(x).all().item())

@@ -1,0 +1,54 @@
+"""Normalizations and gates, row by row."""
+
+import math
+
+import numpy as np
+
+from specdec.kernels.cpu.jit import jit
+
+
+def rms_norm(x: np.ndarray, weight: np.ndarray | None, eps: float) -> np.ndarray:
+    """x / sqrt(mean(x^2) + eps) * weight over the last axis; weight [n] or None."""
+    flat = np.ascontiguousarray(x).reshape(-1, x.shape[-1])
+    out = np.empty_like(flat)
+    _rms_norm(flat, np.ones(x.shape[-1], np.float32) if weight is None else weight, eps, out)
+    return out.reshape(x.shape)
+
+
+def gated_rms_norm(x: np.ndarray, gate: np.ndarray, weight: np.ndarray, eps: float) -> np.ndarray:
+    """silu(gate) * rms_norm(x); x and gate [..., n]."""
+    return swiglu(gate, rms_norm(x, weight, eps))
+
+
+def swiglu(gate: np.ndarray, up: np.ndarray) -> np.ndarray:
+    """silu(gate) * up, element by element."""
+    gate, up = np.ascontiguousarray(gate), np.ascontiguousarray(up)
+    out = np.empty(up.shape, np.float32)
+    size = up.shape[-1]
+    _swiglu(gate.reshape(-1, size), up.reshape(-1, size), out.reshape(-1, size))
+    return out
+
+
+def sigmoid_gate(x: np.ndarray, gate: np.ndarray) -> np.ndarray:
+    """x [rows, n] * sigmoid(gate), gate [rows, n] or [rows, 1]."""
+    return x * (np.float32(1) / (np.float32(1) + np.exp(-gate)))
+
+
+@jit
+def _rms_norm(x, weight, eps, out):  # type: ignore[no-untyped-def]
+    size = x.shape[1]
+    for row in range(x.shape[0]):
+        total = np.float32(0)
+        for i in range(size):
+            total += x[row, i] * x[row, i]
+        scale = np.float32(1 / math.sqrt(total / size + eps))
+        for i in range(size):
+            out[row, i] = x[row, i] * scale * weight[i]
+
+
+@jit
+def _swiglu(gate, up, out):  # type: ignore[no-untyped-def]
+    for row in range(gate.shape[0]):
+        for i in range(gate.shape[1]):
+            value = gate[row, i]
+            out[row, i] = value / (np.float32(1) + math.exp(-value)) * up[row, i]

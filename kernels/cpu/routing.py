@@ -1,0 +1,44 @@
+"""Routing on NumPy arrays."""
+
+import math
+
+import numpy as np
+
+from specdec.kernels.cpu.jit import jit
+
+
+def route(logits: np.ndarray, top_k: int, normalize: bool) -> tuple[np.ndarray, np.ndarray]:
+    """The top_k experts of each row, int32 [rows, top_k], and their weights, as kernels.routing."""
+    logits = np.ascontiguousarray(logits)
+    experts = np.empty((len(logits), top_k), np.int32)
+    weights = np.empty((len(logits), top_k), np.float32)
+    _route(logits, normalize, experts, weights)
+    return experts, weights
+
+
+@jit
+def _route(logits, normalize, experts, weights):  # type: ignore[no-untyped-def]
+    rows, count = logits.shape
+    top_k = experts.shape[1]
+    left = np.empty(count, np.float32)
+    for row in range(rows):
+        for i in range(count):
+            left[i] = logits[row, i]
+        for k in range(top_k):
+            best = 0
+            for i in range(1, count):
+                if left[i] > left[best]:  # the lower expert among equals
+                    best = i
+            experts[row, k] = best
+            weights[row, k] = left[best]
+            left[best] = -np.inf
+        peak = weights[row, 0]
+        total = np.float32(0)
+        if normalize:
+            for k in range(top_k):
+                total += math.exp(weights[row, k] - peak)
+        else:
+            for i in range(count):
+                total += math.exp(logits[row, i] - peak)
+        for k in range(top_k):
+            weights[row, k] = math.exp(weights[row, k] - peak) / total
