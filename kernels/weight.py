@@ -1,4 +1,4 @@
-"""Weight: a matrix (or a stack of matrices) as the linear operations take it, dense or quantized."""
+"""Weight: a matrix, or a stack of matrices, dense or quantized, as linear operations take it."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

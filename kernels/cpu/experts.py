@@ -8,7 +8,10 @@ from specdec.kernels.experts import ExpertWeights
 
 
 def experts_apart(x: np.ndarray, bank: ExpertWeights, slots: np.ndarray) -> np.ndarray:
-    """Each row through each of its experts: x [rows, hidden], slots [rows, n] -> [rows, n, hidden]."""
+    """Each row through each of its experts.
+
+    x [rows, hidden], slots int [rows, n] -> [rows, n, hidden].
+    """
     rows, n = slots.shape
     flat = slots.reshape(-1)
     order = np.argsort(flat, kind="stable")  # pairs by expert
