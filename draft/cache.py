@@ -11,6 +11,7 @@ beside the old one, a layer at a time.
 import mlx.core as mx
 
 from specdec.draft.config import DraftConfig
+from specdec.kernels.array import Array, Backend, concatenate
 
 STEP = 256  # rows by which buffers grow
 
@@ -35,15 +36,15 @@ class ContextCache:
     """Keys and values [kv_heads, rows, head_dim] of positions `start` to `end` - 1."""
 
     def __init__(
-        self, kv_heads: int, head_dim: int, block: int, window: int, dtype: mx.Dtype
+        self, kv_heads: int, head_dim: int, block: int, window: int, backend: Backend
     ) -> None:
-        self._block, self._window = block, window
-        self._keys = mx.zeros((kv_heads, 0, head_dim), dtype)
-        self._values = mx.zeros((kv_heads, 0, head_dim), dtype)
+        self._block, self._window, self._backend = block, window, backend
+        self._keys = backend.zeros((kv_heads, 0, head_dim))
+        self._values = backend.zeros((kv_heads, 0, head_dim))
         self.start = self.end = 0
 
     @property
-    def arrays(self) -> tuple[mx.array, mx.array]:
+    def arrays(self) -> tuple[Array, Array]:
         """The buffers, for evaluation."""
         return self._keys, self._values
 
@@ -51,7 +52,7 @@ class ContextCache:
         """Of `count` rows about to be appended, how many of the last can ever be seen."""
         return min(count, self._window - 1) if self._window else count
 
-    def append(self, keys: mx.array, values: mx.array, position: int) -> None:
+    def append(self, keys: Array, values: Array, position: int) -> None:
         """Add committed rows [kv_heads, n, head_dim]; `position` is the first one's.
 
         It may lie beyond `end` where the rows between are outside the window already.
@@ -70,7 +71,7 @@ class ContextCache:
         self._values[:, at : at + count] = values
         self.end += count
 
-    def with_block(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+    def with_block(self, keys: Array, values: Array) -> tuple[Array, Array]:
         """All rows from `start` on, the block's behind them: [kv_heads, rows + block, head_dim]."""
         assert keys.shape[1] == self._block
         self._reserve(0)
@@ -87,13 +88,12 @@ class ContextCache:
             return
         keep = min(rows, max(self._window - 1 - count, 0)) if self._window else rows
         size = capacity(self.end + count, self._block, self._window)
-        self._keys = _moved(self._keys, rows - keep, rows, size)
-        self._values = _moved(self._values, rows - keep, rows, size)
+        self._keys = self._moved(self._keys, rows - keep, rows, size)
+        self._values = self._moved(self._values, rows - keep, rows, size)
         self.start = self.end - keep
 
-
-def _moved(buffer: mx.array, start: int, stop: int, size: int) -> mx.array:
-    """Rows start to stop of a buffer at the front of a new one of `size` rows."""
-    heads, _, dim = buffer.shape
-    rest = mx.zeros((heads, size - (stop - start), dim), buffer.dtype)
-    return mx.concatenate([buffer[:, start:stop], rest], axis=1)
+    def _moved(self, buffer: Array, start: int, stop: int, size: int) -> Array:
+        """Rows start to stop of a buffer at the front of a new one of `size` rows."""
+        heads, _, dim = buffer.shape
+        rest = self._backend.zeros((heads, size - (stop - start), dim))
+        return concatenate([buffer[:, start:stop], rest], axis=1)

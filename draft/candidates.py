@@ -10,34 +10,42 @@ import mlx.core as mx
 import numpy as np
 
 from specdec.errors import NonFiniteError
+from specdec.kernels.array import Array, is_numpy
 from specdec.tree.block import Block
 
 _RUN = 256  # ids per run
 
 
-def top_candidates(logits: mx.array, width: int) -> Block:
+def top_candidates(logits: Array, width: int) -> Block:
     """The `width` best tokens of each row of logits [slots, vocab] with their log-probabilities.
 
     log-softmax at temperature 1, from float32 logits. Narrower where the vocabulary is smaller.
     NonFiniteError on NaN or +Inf.
     """
-    logits = logits.astype(mx.float32)
     slots, vocab = logits.shape
     width = min(width, vocab)
     runs = -(-vocab // _RUN)
-    whole = vocab // _RUN * _RUN
-    maxima = logits[:, :whole].reshape(slots, -1, _RUN).max(axis=-1)
-    if whole < vocab:
-        rest = logits[:, whole:].max(axis=-1, keepdims=True)
-        maxima = mx.concatenate([maxima, rest], axis=-1)
-    totals = mx.logsumexp(logits, axis=-1)
-    mx.eval(logits, maxima, totals)
-    log_totals = np.array(totals, dtype=np.float64)
+    if is_numpy(logits):
+        host = logits
+        peak = host.max(axis=-1, keepdims=True)
+        with np.errstate(invalid="ignore"):  # Inf - Inf is found below
+            log_totals = np.log(np.exp(host - peak).sum(axis=-1, keepdims=True, dtype=np.float64))
+        log_totals = log_totals + peak
+        maxima = np.maximum.reduceat(host, np.arange(0, vocab, _RUN), axis=1)
+    else:
+        logits = logits.astype(mx.float32)
+        whole = vocab // _RUN * _RUN
+        tops = [logits[:, :whole].reshape(slots, -1, _RUN).max(axis=-1)]
+        if whole < vocab:
+            tops.append(logits[:, whole:].max(axis=-1, keepdims=True))
+        top, totals = mx.concatenate(tops, axis=-1), mx.logsumexp(logits, axis=-1, keepdims=True)
+        mx.eval(logits, top, totals)
+        host = np.array(logits, copy=False)  # shares the memory
+        maxima, log_totals = np.array(top), np.array(totals, dtype=np.float64)
     if not np.isfinite(log_totals).all():
         raise NonFiniteError("NaN or Inf in the draft's logits")
 
-    host = np.array(logits, copy=False)  # shares the memory
-    best_runs = np.argsort(-np.array(maxima), axis=1, kind="stable")[:, : min(width, runs)]
+    best_runs = np.argsort(-maxima, axis=1, kind="stable")[:, : min(width, runs)]
     tokens = np.empty((slots, width), np.int32)
     log_probs = np.empty((slots, width))
     for slot in range(slots):
@@ -47,4 +55,4 @@ def top_candidates(logits: mx.array, width: int) -> Block:
         best = np.argsort(-values, kind="stable")[:width]
         tokens[slot], log_probs[slot] = ids[best], values[best]
     # logsumexp may round to just below the largest logit
-    return Block(tokens, np.minimum(log_probs - log_totals[:, None], 0.0))
+    return Block(tokens, np.minimum(log_probs - log_totals, 0.0))

@@ -18,11 +18,13 @@ import mlx.core as mx
 import numpy as np
 
 from specdec.checkpoint import Checkpoint
+from specdec.draft.attention import attend
 from specdec.draft.cache import ContextCache
 from specdec.draft.candidates import top_candidates
 from specdec.draft.config import DraftConfig
 from specdec.draft.weights import DraftWeights, LayerWeights
 from specdec.errors import NonFiniteError
+from specdec.kernels.array import Array, Backend, all_finite, is_numpy
 from specdec.kernels.linear import embed, linear
 from specdec.kernels.norm import rms_norm, swiglu
 from specdec.kernels.rope import Rope
@@ -39,16 +41,16 @@ class Draft:
         weights: DraftWeights,
         embedding: Weight,
         head: Weight,
-        dtype: mx.Dtype,
+        backend: Backend,
         position_shift: int = 0,
     ) -> None:
-        """embedding, head: the target's [vocab, hidden]; dtype: float32 or bfloat16.
+        """embedding, head: the target's [vocab, hidden]; all weights as the backend holds them.
 
         position_shift moves the block against its context; only the doctor has a use for it.
         """
-        if dtype not in (mx.float32, mx.bfloat16):
-            raise ValueError(f"draft dtype {dtype}, expected float32 or bfloat16")
-        self.config, self.weights, self.dtype = config, weights, dtype
+        if backend.dtype not in (mx.float32, mx.bfloat16):
+            raise ValueError(f"draft dtype {backend.dtype}, expected float32 or bfloat16")
+        self.config, self.weights, self.backend = config, weights, backend
         self.embedding, self.head = embedding, head
         self._shift = position_shift
         self._rope = Rope(config.rope)
@@ -61,10 +63,11 @@ class Draft:
         config: DraftConfig,
         embedding: Weight,
         head: Weight,
-        dtype: mx.Dtype,
+        backend: Backend,
     ) -> Self:
         """Read the weights. CheckpointError on a missing, surplus or misshapen tensor."""
-        return cls(config, DraftWeights.load(checkpoint, config, dtype), embedding, head, dtype)
+        weights = DraftWeights.load(checkpoint, config, backend)
+        return cls(config, weights, embedding, head, backend)
 
     def reset(self) -> None:
         """Forget all tokens."""
@@ -72,7 +75,7 @@ class Draft:
         self._length = 0
         self._caches = [
             ContextCache(
-                config.num_kv_heads, config.head_dim, config.block_size, window, self.dtype
+                config.num_kv_heads, config.head_dim, config.block_size, window, self.backend
             )
             for window in config.windows
         ]
@@ -82,7 +85,7 @@ class Draft:
         """Committed tokens the draft knows of: P, the position of the next bonus token."""
         return self._length
 
-    def extend(self, taps: mx.array) -> None:
+    def extend(self, taps: Array) -> None:
         """Add newly committed tokens: taps [n, taps * hidden], a row each, in order.
 
         In one call or in many, the context is the same. The work is started, not waited for.
@@ -91,14 +94,14 @@ class Draft:
         assert taps.shape == (count, len(config.target_layer_ids) * config.hidden_size)
         weights = self.weights
         # Not normalized again by a layer's input norm, unlike the block's rows.
-        context = linear(taps.astype(self.dtype), weights.fc)
+        context = linear(self._cast(taps), weights.fc)
         context = rms_norm(context, weights.hidden_norm, config.rms_norm_eps)
         for layer, cache in zip(weights.layers, self._caches, strict=True):
             first = count - cache.rows_to_keep(count)
             keys, values = self._keys_values(layer, context[first:], self._length + first)
             cache.append(keys, values, self._length + first)
         self._length += count
-        mx.async_eval([cache.arrays for cache in self._caches])
+        mx.async_eval([a for cache in self._caches for a in cache.arrays if not is_numpy(a)])
 
     def propose(self, bonus: int, width: int) -> Block:
         """Draft the block after the bonus token: block_size - 1 slots of the `width` best tokens.
@@ -111,16 +114,16 @@ class Draft:
             self._forward(bonus, probe=True)
             raise
 
-    def _forward(self, bonus: int, probe: bool = False) -> mx.array:
+    def _forward(self, bonus: int, probe: bool = False) -> Array:
         """Hidden rows of the slots after the last layer: [slots, hidden].
 
         With `probe`, every layer's output is checked, and NonFiniteError names the first bad one.
         """
         config = self.config
         tokens = [bonus] + [config.mask_token_id] * config.slots
-        x = embed(mx.array(tokens), self.embedding).astype(self.dtype)
+        x = self._cast(embed(np.array(tokens, np.int32), self.embedding))
         x = x * config.input_embedding_scale
-        masks: dict[tuple[int, int, bool], mx.array | None] = {}
+        masks: dict[tuple[int, int, bool], np.ndarray | None] = {}
         for i, (layer, cache) in enumerate(zip(self.weights.layers, self._caches, strict=True)):
             kind = cache.start, config.windows[i], config.causal[i]
             if kind not in masks:
@@ -128,13 +131,13 @@ class Draft:
             x = self._attend(x, layer, cache, masks[kind])
             h = rms_norm(x, layer.post_norm, config.rms_norm_eps)
             x = x + linear(swiglu(linear(h, layer.gate), linear(h, layer.up)), layer.down)
-            if probe and not mx.isfinite(x).all().item():
+            if probe and not all_finite(x):
                 raise NonFiniteError(f"NaN or Inf first appears in layer {i} of the draft")
         return x[1:]
 
     def _attend(
-        self, x: mx.array, layer: LayerWeights, cache: ContextCache, mask: mx.array | None
-    ) -> mx.array:
+        self, x: Array, layer: LayerWeights, cache: ContextCache, mask: np.ndarray | None
+    ) -> Array:
         """x [block, hidden] plus its attention to the context and to the block itself."""
         config, position = self.config, self._length + self._shift
         h = rms_norm(x, layer.input_norm, config.rms_norm_eps)
@@ -142,15 +145,10 @@ class Draft:
         queries = rms_norm(queries, layer.q_norm, config.rms_norm_eps)
         queries = self._rope(queries, self._positions(position, config.block_size))
         keys, values = cache.with_block(*self._keys_values(layer, h, position))
-        # The draft never decides a token, so its attention need not be row-invariant.
-        attended = mx.fast.scaled_dot_product_attention(
-            queries[None], keys[None], values[None], scale=config.head_dim**-0.5, mask=mask
-        )
-        return x + linear(attended[0].swapaxes(0, 1).reshape(x.shape[0], -1), layer.o)
+        attended = attend(queries, keys, values, config.head_dim**-0.5, mask)
+        return x + linear(attended.swapaxes(0, 1).reshape(x.shape[0], -1), layer.o)
 
-    def _keys_values(
-        self, layer: LayerWeights, rows: mx.array, position: int
-    ) -> tuple[mx.array, mx.array]:
+    def _keys_values(self, layer: LayerWeights, rows: Array, position: int) -> tuple[Array, Array]:
         """Keys, normalized and rotated, and values of rows [n, hidden]: [kv_heads, n, head_dim]."""
         config = self.config
         keys = self._heads(linear(rows, layer.k), config.num_kv_heads)
@@ -158,14 +156,14 @@ class Draft:
         keys = self._rope(keys, self._positions(position, rows.shape[0]))
         return keys, self._heads(linear(rows, layer.v), config.num_kv_heads)
 
-    def _heads(self, rows: mx.array, heads: int) -> mx.array:
+    def _heads(self, rows: Array, heads: int) -> Array:
         """[n, heads * head_dim] -> [heads, n, head_dim]."""
         return rows.reshape(-1, heads, self.config.head_dim).swapaxes(0, 1)
 
     def _positions(self, first: int, count: int) -> np.ndarray:
         return np.arange(first, first + count)
 
-    def _mask(self, start: int, window: int, causal: bool) -> mx.array | None:
+    def _mask(self, start: int, window: int, causal: bool) -> np.ndarray | None:
         """Which rows from `start` on a block row sees: bool [block, rows], None if all.
 
         A window reaches as far ahead as back; only with blocks longer than it does that matter.
@@ -178,18 +176,21 @@ class Draft:
             seen &= key <= query
         if window:
             seen &= np.abs(query - key) < window
-        return None if seen.all() else mx.array(seen)
+        return None if seen.all() else seen
 
-    def _logits(self, hidden: mx.array) -> mx.array:
+    def _logits(self, hidden: Array) -> Array:
         """[slots, hidden] -> [slots, vocab]."""
         config = self.config
         hidden = rms_norm(hidden, self.weights.norm, config.rms_norm_eps)
-        head = self.head
         # The target may run in another dtype than the draft.
-        floats = head.data if head.scales is None else head.scales
-        logits = linear(hidden.astype(floats.dtype), head)
+        floats = self.head.data if self.head.scales is None else self.head.scales
+        logits = linear(hidden.astype(floats.dtype), self.head)
         logits = logits * config.output_multiplier
         if config.final_logit_softcapping:
             cap = config.final_logit_softcapping
-            logits = cap * mx.tanh(logits / cap)
+            logits = cap * (np if is_numpy(logits) else mx).tanh(logits / cap)
         return logits
+
+    def _cast(self, x: Array) -> Array:
+        """x in the dtype the draft computes in."""
+        return x.astype(np.float32 if is_numpy(x) else self.backend.dtype)

@@ -14,8 +14,8 @@ import mlx.core as mx
 from specdec.checkpoint import Checkpoint
 from specdec.draft.config import DraftConfig
 from specdec.errors import CheckpointError
+from specdec.kernels.array import Array, Backend
 from specdec.kernels.weight import Weight
-from specdec.quantization import Quantization
 from specdec.shards import FLOATS
 
 _BORROWED = ("embed_tokens.", "lm_head.")
@@ -25,14 +25,14 @@ _BORROWED = ("embed_tokens.", "lm_head.")
 class LayerWeights:
     """One layer; norms are [hidden], q_norm and k_norm [head_dim]."""
 
-    input_norm: mx.array
+    input_norm: Array
     q: Weight  # [heads * head_dim, hidden]
     k: Weight  # [kv_heads * head_dim, hidden]
     v: Weight
     o: Weight  # [hidden, heads * head_dim]
-    q_norm: mx.array
-    k_norm: mx.array
-    post_norm: mx.array
+    q_norm: Array
+    k_norm: Array
+    post_norm: Array
     gate: Weight  # [intermediate, hidden]
     up: Weight
     down: Weight  # [hidden, intermediate]
@@ -43,23 +43,23 @@ class DraftWeights:
     """fc fuses the tapped rows [hidden, taps * hidden]; hidden_norm follows it; norm ends."""
 
     fc: Weight
-    hidden_norm: mx.array
-    norm: mx.array
+    hidden_norm: Array
+    norm: Array
     layers: tuple[LayerWeights, ...]
 
     @classmethod
-    def load(cls, checkpoint: Checkpoint, config: DraftConfig, dtype: mx.Dtype) -> Self:
-        """Read all weights, floats in `dtype`.
+    def load(cls, checkpoint: Checkpoint, config: DraftConfig, backend: Backend) -> Self:
+        """Read all weights to where the backend computes.
 
         CheckpointError on a missing, surplus or misshapen tensor, before anything is read.
         """
         files = _Files(checkpoint, config)
         files.check()
         layers = tuple(
-            LayerWeights(**files.read(_layer(config), dtype, f"layers.{i}."))
+            LayerWeights(**files.read(_layer(config), backend, f"layers.{i}."))
             for i in range(config.num_layers)
         )
-        return cls(**files.read(_top(config), dtype), layers=layers)
+        return cls(**files.read(_top(config), backend), layers=layers)
 
 
 def weight_bytes(checkpoint: Checkpoint, config: DraftConfig, dtype: mx.Dtype) -> int:
@@ -121,7 +121,7 @@ class _Files:
                             info.nbytes if info.dtype == "U32" else math.prod(info.shape) * itemsize
                         )
                         total += items
-                self._quantization(path, shape)
+                self._check_module(path, shape)
         surplus = [
             name
             for name in self.checkpoint.tensors
@@ -135,44 +135,31 @@ class _Files:
             )
         return total
 
-    def read(self, table: _Table, dtype: mx.Dtype, prefix: str = "") -> dict[str, Any]:
+    def read(self, table: _Table, backend: Backend, prefix: str = "") -> dict[str, Any]:
         """The tensors of a table by field: norms as arrays, linear layers as weights."""
         found: dict[str, Any] = {}
         for field, (name, shape) in table.items():
             path = self._path(prefix + name)
-            packing = self._quantization(path, shape)
-            data = self.checkpoint.load(f"{path}.weight", dtype=dtype)
             if len(shape) == 1:
-                found[field] = data
-            elif packing is None:
-                found[field] = Weight(data)
+                found[field] = backend.load(self.checkpoint, f"{path}.weight", shape)
             else:
-                scales = self.checkpoint.load(f"{path}.scales", dtype=dtype)
-                biases = self.checkpoint.load(f"{path}.biases", dtype=dtype)
-                found[field] = Weight(data, scales, biases, packing.bits, packing.group_size)
+                out, columns = shape
+                found[field] = Weight.load(self.checkpoint, path, out, columns, backend)
         return found
 
     def _path(self, name: str) -> str:
         with_prefix = f"model.{name}"
         return with_prefix if f"{with_prefix}.weight" in self.checkpoint.tensors else name
 
-    def _quantization(self, path: str, shape: tuple[int, ...]) -> Quantization | None:
-        """Check one module against its shape; how it is packed."""
-        if len(shape) == 1:
-            info = self.checkpoint.info(f"{path}.weight", shape)
-            packing = None
-        else:
-            packing = self.checkpoint.quantization(path, shape[-1])
-            info = self.checkpoint.info(f"{path}.weight")
-            if packing is None:
-                self.checkpoint.info(f"{path}.weight", shape)
-            elif info.shape[:-1] != shape[:-1]:
-                raise CheckpointError(
-                    f"{info.file}: tensor {info.name} has {info.shape[0]} rows, expected {shape[0]}"
-                )
+    def _check_module(self, path: str, shape: tuple[int, ...]) -> None:
+        packing = None if len(shape) == 1 else self.checkpoint.quantization(path, shape[-1])
+        info = self.checkpoint.info(f"{path}.weight", None if packing else shape)
         if packing is None and info.dtype not in FLOATS:
             raise CheckpointError(
                 f"{info.file}: tensor {info.name} is {info.dtype}, expected one of "
                 f"{', '.join(FLOATS)}"
             )
-        return packing
+        if info.shape[0] != shape[0]:
+            raise CheckpointError(
+                f"{info.file}: tensor {info.name} has {info.shape[0]} rows, expected {shape[0]}"
+            )

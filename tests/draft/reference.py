@@ -11,9 +11,12 @@ from specdec.checkpoint import Checkpoint
 from specdec.draft.config import DraftConfig
 from specdec.draft.model import Draft
 from specdec.draft.weights import DraftWeights
+from specdec.kernels.array import Backend
 from specdec.kernels.weight import Weight
 from tests.drafts import draft_config, draft_tensors
 
+MLX = Backend("reference", mx.float32, "test")
+NUMPY = Backend("cpu", mx.float32, "test")
 HIDDEN, VOCAB, BLOCK, TAPS = 48, 300, 6, 3
 TARGET: dict[str, Any] = {
     "hidden_size": HIDDEN,
@@ -139,19 +142,21 @@ class Reference:
         return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
 
 
-def make_draft(case: str, seed: int = 0) -> tuple[Draft, Reference]:
+def make_draft(case: str, seed: int = 0, backend: Backend = MLX) -> tuple[Draft, Reference]:
+    """A random draft of one of the cases, and the reference with the same weights."""
     raw = draft_config(TARGET, block_size=BLOCK, **CASES[case])
     tensors = draft_tensors(raw, TAPS, seed)
     rng = np.random.default_rng(seed + 1)
     embedding = rng.standard_normal((VOCAB, HIDDEN)).astype(np.float32)
     head = (rng.standard_normal((VOCAB, HIDDEN)) / np.sqrt(HIDDEN) * 2).astype(np.float32)
     config = DraftConfig.from_dict(raw)
-    weights = load_weights(config, tensors)
-    draft = Draft(config, weights, Weight(mx.array(embedding)), Weight(mx.array(head)), mx.float32)
+    weights = load_weights(config, tensors, backend)
+    lent = [Weight(mx.array(matrix)).on(backend) for matrix in (embedding, head)]
+    draft = Draft(config, weights, lent[0], lent[1], backend)
     return draft, Reference(raw, tensors, embedding, head)
 
 
-def load_weights(config: DraftConfig, tensors: dict) -> DraftWeights:
+def load_weights(config: DraftConfig, tensors: dict, backend: Backend) -> DraftWeights:
     """Through a file: the loader is part of what is compared."""
     with TemporaryDirectory() as name:
         folder = Path(name)
@@ -159,4 +164,4 @@ def load_weights(config: DraftConfig, tensors: dict) -> DraftWeights:
         arrays = {key: mx.array(values) for key, values in tensors.items()}
         mx.save_safetensors(str(folder / "model.safetensors"), arrays)
         with Checkpoint.open(folder) as checkpoint:
-            return DraftWeights.load(checkpoint, config, mx.float32)
+            return DraftWeights.load(checkpoint, config, backend)

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from specdec.draft import cache as cache_module
 from specdec.draft.cache import STEP, ContextCache, cache_bytes, capacity
 from specdec.draft.config import DraftConfig
+from tests.draft.reference import MLX, NUMPY
 from tests.drafts import draft_config
 
 BLOCK = 3
@@ -30,19 +31,21 @@ def rows(first: int, count: int) -> tuple[mx.array, mx.array]:
     max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(
+    backend=st.sampled_from([MLX, NUMPY]),
     window=st.sampled_from([0, 1, 2, 5, 9, 20]),
     counts=st.lists(st.one_of(st.integers(1, 4), st.integers(1, 30)), min_size=1, max_size=40),
 )
-def test_every_row_in_sight_is_there(small_steps, window, counts):
-    cache = ContextCache(2, 4, BLOCK, window, mx.float32)
+def test_every_row_in_sight_is_there(small_steps, window, counts, backend):
+    cache = ContextCache(2, 4, BLOCK, window, backend)
     end = 0
     for count in counts:
         keep = cache.rows_to_keep(count)
         end += count
-        cache.append(*rows(end - keep, keep), end - keep)
+        keys, values = map(backend.place, rows(end - keep, keep))
+        cache.append(keys, values, end - keep)
         assert cache.end == end
         assert cache.start <= (max(end - window + 1, 0) if window else 0)
-        keys, values = cache.with_block(*rows(1000, BLOCK))
+        keys, values = cache.with_block(*map(backend.place, rows(1000, BLOCK)))
         held = np.array(keys), np.array(values)
         for part, (context, block) in zip(
             held,

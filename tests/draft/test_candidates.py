@@ -26,7 +26,8 @@ def test_against_a_full_sort_with_many_ties(data):
     levels = data.draw(st.sampled_from([1, 3, 50, 10**6]))
     logits = (rng.integers(0, levels, (3, vocab)) / 7).astype(np.float32)
     logits = np.minimum(logits, 40)
-    block = top_candidates(mx.array(logits), width)
+    place = data.draw(st.sampled_from([mx.array, np.array]))
+    block = top_candidates(place(logits), width)
     tokens, log_probs = full_sort(logits, width)
     assert block.width == min(width, vocab)
     np.testing.assert_array_equal(block.tokens, tokens)
@@ -35,24 +36,27 @@ def test_against_a_full_sort_with_many_ties(data):
     assert block.log_probs.dtype == np.float64
 
 
-def test_large_vocabulary():
+@pytest.mark.parametrize("place", [mx.array, np.array])
+def test_large_vocabulary(place):
     rng = np.random.default_rng(0)
     logits = rng.standard_normal((7, 248320)).astype(np.float32)
-    block = top_candidates(mx.array(logits), 24)
+    block = top_candidates(place(logits), 24)
     tokens, log_probs = full_sort(logits, 24)
     np.testing.assert_array_equal(block.tokens, tokens)
     np.testing.assert_allclose(block.log_probs, log_probs, atol=1e-5)
 
 
-def test_masked_tokens_have_probability_zero():
-    block = top_candidates(mx.array([[-np.inf, 0.0, -np.inf]]), 3)
+@pytest.mark.parametrize("place", [mx.array, np.array])
+def test_masked_tokens_have_probability_zero(place):
+    block = top_candidates(place([[-np.inf, 0.0, -np.inf]]), 3)
     assert block.tokens.tolist() == [[1, 0, 2]]
     assert block.log_probs.tolist() == [[0.0, -np.inf, -np.inf]]
 
 
+@pytest.mark.parametrize("place", [mx.array, np.array])
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
-def test_bad_logits_are_an_error(bad):
+def test_bad_logits_are_an_error(bad, place):
     logits = np.zeros((2, 300), np.float32)
     logits[1, 299] = bad
     with pytest.raises(NonFiniteError, match="draft"):
-        top_candidates(mx.array(logits), 2)
+        top_candidates(place(logits), 2)

@@ -11,6 +11,8 @@ from specdec.checkpoint import Checkpoint
 from specdec.draft.config import DraftConfig
 from specdec.draft.weights import DraftWeights, weight_bytes
 from specdec.errors import CheckpointError
+from specdec.kernels.array import Backend
+from tests.draft.reference import MLX
 from tests.drafts import draft_config, draft_tensors, write_draft
 
 TARGET = {
@@ -21,9 +23,9 @@ TARGET = {
 }
 
 
-def load(folder, dtype=mx.float32) -> DraftWeights:
+def load(folder, backend=MLX) -> DraftWeights:
     with Checkpoint.open(folder) as checkpoint:
-        return DraftWeights.load(checkpoint, DraftConfig.from_dict(checkpoint.config), dtype)
+        return DraftWeights.load(checkpoint, DraftConfig.from_dict(checkpoint.config), backend)
 
 
 def arrays(weights: DraftWeights) -> list[mx.array]:
@@ -68,7 +70,7 @@ def test_bytes_are_known_before_loading(tmp_path, quantize, dtype):
     with Checkpoint.open(tmp_path) as checkpoint:
         config = DraftConfig.from_dict(checkpoint.config)
         planned = weight_bytes(checkpoint, config, dtype)
-    loaded = arrays(load(tmp_path, dtype))
+    loaded = arrays(load(tmp_path, Backend("reference", dtype, "test")))
     assert planned == sum(array.nbytes for array in loaded)
     assert {array.dtype for array in loaded} <= {dtype, mx.uint32}
 
@@ -134,7 +136,7 @@ def test_broken_tensors_are_refused_before_any_is_read(tmp_path, monkeypatch, na
         config = DraftConfig.from_dict(checkpoint.config)
         monkeypatch.setattr(checkpoint_module, "read_at", counted)
         with pytest.raises(CheckpointError, match=words):
-            DraftWeights.load(checkpoint, config, mx.float32)
+            DraftWeights.load(checkpoint, config, MLX)
     assert not reads
 
 
