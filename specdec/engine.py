@@ -6,12 +6,12 @@ Plain autoregressive decoding is the same round with the root alone for a tree.
 from collections.abc import Callable, Sequence
 from time import perf_counter
 
-import mlx.core as mx
 import numpy as np
 
 from specdec.choose import greedy
 from specdec.draft.model import Draft
 from specdec.errors import SpecdecError
+from specdec.kernels.array import Array
 from specdec.round import PhaseSeconds, Prefill, Round
 from specdec.target.model import Target
 from specdec.tree.block import Block
@@ -27,7 +27,7 @@ class Engine:
         self,
         target: Target,
         draft: Draft | None = None,
-        choose: Callable[[mx.array], np.ndarray] = greedy,
+        choose: Callable[[Array], np.ndarray] = greedy,
         prefill_chunk: int = 256,
     ) -> None:
         """choose: logits [rows, vocab] -> int [rows], the target's token after each row."""
@@ -74,7 +74,7 @@ class Engine:
         times.append(perf_counter())
         self.target.commit(path)
         if self._drafting:
-            self._extend(output.taps[mx.array(path)])
+            self._extend(output.taps[self.target.backend.index(path)])
         self._bonus = bonus
         times.append(perf_counter())
         draft, built, verify, commit = np.diff(times).tolist()
@@ -86,6 +86,6 @@ class Engine:
         assert self._bonus is not None
         return self.draft.propose(self._bonus, budget)
 
-    def _extend(self, taps: mx.array) -> None:
+    def _extend(self, taps: Array) -> None:
         assert self.draft is not None
         self.draft.extend(taps)

@@ -1,0 +1,155 @@
+"""Loading: from names and limits to an engine.
+
+Everything is checked before anything is read: headers, configs, the pairing of draft and target,
+the tokenizer, and whether the memory plan fits its cap.
+"""
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import mlx.core as mx
+
+from specdec.checkpoint import Checkpoint
+from specdec.demo_pair import demo_pair
+from specdec.draft.config import DraftConfig
+from specdec.draft.model import Draft
+from specdec.draft.pairing import check_pairing
+from specdec.engine import Engine
+from specdec.footprint import Sizes
+from specdec.hub import resolve
+from specdec.kernels.array import Backend, choose_backend
+from specdec.memory import resident_bytes
+from specdec.plan import KEPT_BYTES, MemoryPlan, make_plan
+from specdec.shards import FLOATS
+from specdec.target.config import TargetConfig
+from specdec.target.expert_cache import ExpertCache
+from specdec.target.expert_store import ExpertStore
+from specdec.target.model import Target
+from specdec.tokenizer import Tokenizer
+
+GB = 1_000_000_000
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What to load and what it may take.
+
+    model, draft: a folder or a repository id; no model: the demo pair.
+    pin_layers, cache_slots, memory_gb: None to let the plan decide. memory_gb in 10^9 bytes.
+    context: tokens of prompt and answer together; budget: the largest that will be used.
+    """
+
+    model: str | None = None
+    draft: str | None = None
+    pin_layers: int | None = None
+    cache_slots: int | None = None
+    memory_gb: float | None = None
+    prefill_chunk: int = 256
+    context: int = 4096
+    budget: int = 6
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A pair ready to run."""
+
+    engine: Engine
+    tokenizer: Tokenizer
+    plan: MemoryPlan
+    backend: Backend
+
+
+@dataclass(frozen=True)
+class _Headers:
+    """A checked, unread pair."""
+
+    target: Checkpoint
+    config: TargetConfig
+    draft: tuple[Checkpoint, DraftConfig] | None
+    store: ExpertStore
+    backend: Backend
+
+
+def folders(settings: Settings) -> tuple[Path, Path | None]:
+    """The folders of target and draft, fetched where they are repositories."""
+    if settings.model is None:
+        target, draft = demo_pair()
+        return target, resolve(settings.draft) if settings.draft is not None else draft
+    return resolve(settings.model), resolve(settings.draft) if settings.draft else None
+
+
+def plan_for(settings: Settings) -> MemoryPlan:
+    """The memory plan of a load, from headers alone."""
+    with ExitStack() as stack:
+        return _plan(_open(settings, stack), settings)
+
+
+def load(
+    settings: Settings,
+    on_plan: Callable[[MemoryPlan], None] | None = None,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> Loaded:
+    """Check, plan, and read a pair. on_plan gets the plan before anything is read; on_progress
+    counts layers, then bytes of pinned experts."""
+    with ExitStack() as stack:
+        found = _open(settings, stack)
+        tokenizer = Tokenizer.open(found.target.folder)
+        plan = _plan(found, settings)
+        if on_plan is not None:
+            on_plan(plan)
+        mx.set_cache_limit(KEPT_BYTES)
+        backend = found.backend
+        cache = ExpertCache(found.store, plan.pinned, plan.slots, backend.dtype)
+        taps = found.draft[1].target_layer_ids if found.draft else ()
+        target = Target.load(found.target, found.config, cache, backend, taps)
+        cache.load_pinned(on_progress)
+        draft = None
+        if found.draft is not None:
+            draft = Draft.load(*found.draft, target.embedding, target.head, backend)
+        # The target's files stay open for as long as experts are read from them.
+        stack.pop_all()
+        if found.draft is not None:
+            found.draft[0].close()
+    engine = Engine(target, draft, prefill_chunk=settings.prefill_chunk)
+    return Loaded(engine, tokenizer, plan, backend)
+
+
+def _open(settings: Settings, stack: ExitStack) -> _Headers:
+    target_folder, draft_folder = folders(settings)
+    target = stack.enter_context(Checkpoint.open(target_folder))
+    config = TargetConfig.of(target)
+    draft = None
+    if draft_folder is not None:
+        checkpoint = stack.enter_context(Checkpoint.open(draft_folder))
+        source = str(draft_folder / "config.json")
+        draft = checkpoint, DraftConfig.from_dict(checkpoint.config, source)
+        check_pairing(draft[1], config)
+    return _Headers(target, config, draft, ExpertStore(target, config), _backend(target, config))
+
+
+def _backend(checkpoint: Checkpoint, config: TargetConfig) -> Backend:
+    """The backend for this machine, in the checkpoint's float dtype where that is kept."""
+    dtype = checkpoint.info(f"{config.prefix}norm.weight").dtype
+    assert dtype in FLOATS, f"norm.weight is {dtype}"
+    return choose_backend(mx.float32 if dtype == "F32" else mx.bfloat16)
+
+
+def _plan(found: _Headers, settings: Settings) -> MemoryPlan:
+    memory = settings.memory_gb
+    return make_plan(
+        found.store,
+        found.draft,
+        Sizes(
+            prompt=settings.context,
+            context=settings.context,
+            chunk=settings.prefill_chunk,
+            budget=settings.budget,
+            dtype=found.backend.dtype,
+        ),
+        pin_layers=settings.pin_layers,
+        cache_slots=settings.cache_slots,
+        memory_bytes=None if memory is None else int(memory * GB),
+        runtime_bytes=resident_bytes(),
+    )
