@@ -26,7 +26,7 @@ class LayerCounters:
     """What one layer asked of the cache since the counters were reset.
 
     hits, misses: experts asked for with `waves` (each once per call) that were, or were not,
-        resident when asked. A pinned layer used through `bank` alone counts nothing.
+        resident when asked. A pinned layer used through `bank` counts what `count_hits` is told.
     bytes_read: bytes that read calls returned for this layer, those of a failed wave included.
     """
 
@@ -160,6 +160,11 @@ class ExpertCache:
         if layer in self._pinned:
             return np.arange(self.store.num_experts, dtype=np.int32)
         return np.flatnonzero(self._tables[layer] >= 0).astype(np.int32)
+
+    def count_hits(self, layer: int, experts: np.ndarray) -> None:
+        """One pass used these experts of a pinned layer without asking: each counts as one hit."""
+        assert layer in self._pinned
+        self._hits[layer] += len(np.unique(experts))
 
     def touch(self, layer: int, experts: np.ndarray) -> None:
         """Mark experts as just used, the highest id last; absent ones are passed over."""

@@ -210,6 +210,11 @@ class Target:
         raise NonFiniteError("NaN or Inf first appears in the logits (final norm or head)")
 
     def _count(self, this: Pass, rows: slice | list[int]) -> None:
-        """Experts that committed rows used: recency in the slots, hits of the pinned layers."""
+        """Experts that committed rows used become recent in their slots; in pinned layers, which
+        nobody asks for, experts that any row of the pass used count as hits."""
         for layer, chosen in this.chosen.items():
-            self.experts.touch(layer, to_numpy(chosen)[rows].reshape(-1))
+            experts = to_numpy(chosen)
+            if self.experts.is_pinned(layer):
+                self.experts.count_hits(layer, experts)
+            else:
+                self.experts.touch(layer, experts[rows])
