@@ -55,14 +55,15 @@ class ContextCache:
     def append(self, keys: Array, values: Array, position: int) -> None:
         """Add committed rows [kv_heads, n, head_dim]; `position` is the first one's.
 
-        It may lie beyond `end` where the rows between are outside the window already.
+        It may lie beyond `end` where the rows between are outside the window already. Rows from
+        `position` on that an interrupted call left behind are replaced.
         """
         count = keys.shape[1]
-        if position != self.end:
+        if position > self.end:
             assert self._window
-            assert position > self.end
             assert count == self._window - 1
-            self.start = self.end = position
+            self.start = position
+        self.end = position
         if count == 0:
             return
         self._reserve(count)

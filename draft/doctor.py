@@ -19,6 +19,7 @@ from specdec.draft.diagnosis import Agreement, Diagnosis, Trial
 from specdec.draft.model import Draft
 from specdec.draft.pairing import PairedTarget, check_pairing
 from specdec.errors import PromptError
+from specdec.kernels.array import Array, concatenate, is_numpy
 
 # Mask tokens of drafts published so far: what a config may have been copied from.
 PUBLISHED_MASK_IDS = (151669, 248070, 248077)
@@ -29,9 +30,9 @@ class TeacherOutput(Protocol):
     """logits [rows, vocab] and taps [rows, taps * hidden]."""
 
     @property
-    def logits(self) -> mx.array: ...
+    def logits(self) -> Array: ...
     @property
-    def taps(self) -> mx.array: ...
+    def taps(self) -> Array: ...
 
 
 class Teacher(Protocol):
@@ -104,21 +105,20 @@ class _Lesson:
             target.reset()
             for start in range(0, len(tokens), _CHUNK):
                 output = target.prefill(self.tokens[start : start + _CHUNK], all_logits=True)
-                choice = mx.argmax(output.logits, axis=-1)
-                mx.eval(choice, output.taps)
-                chosen.append(np.array(choice))
+                best = (np if is_numpy(output.logits) else mx).argmax(output.logits, axis=-1)
+                chosen.append(np.array(best))
                 taps.append(output.taps)
         finally:
             target.taps = configured
             target.reset()
         self.chosen = np.concatenate(chosen)
-        self.taps = mx.concatenate(taps)
+        self.taps = concatenate(taps)
 
     def measure(self, draft: Draft, ids: Sequence[int], slots: int) -> tuple[Agreement, ...]:
         """Agreement of the first `slots` slots, the draft fed with the taps of layers `ids`."""
         columns = [self.layers.index(i) for i in ids]
         rows = self.taps.reshape(len(self.tokens), len(self.layers), self.hidden)
-        rows = rows[:, mx.array(columns)].reshape(len(self.tokens), -1)
+        rows = rows[:, draft.backend.index(columns)].reshape(len(self.tokens), -1)
         hits, seen = [0] * slots, [0] * slots
         draft.reset()
         draft.extend(rows[: self.first])

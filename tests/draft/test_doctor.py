@@ -11,8 +11,9 @@ from specdec.draft.diagnosis import Agreement, Diagnosis, Trial
 from specdec.draft.doctor import TEXT, examine
 from specdec.draft.model import Draft
 from specdec.errors import PairingError, PromptError
+from specdec.kernels.array import Array, Backend
 from specdec.kernels.rope import RopeConfig
-from tests.draft.reference import HIDDEN, VOCAB, make_draft
+from tests.draft.reference import HIDDEN, MLX, NUMPY, VOCAB, make_draft
 
 LAYERS = 6
 TOKENS = 70
@@ -27,8 +28,8 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Output:
-    logits: mx.array
-    taps: mx.array
+    logits: Array
+    taps: Array
 
 
 class Obedient:
@@ -41,14 +42,15 @@ class Obedient:
         self.config = Sizes()
         self.taps: tuple[int, ...] = (2,)
         self.states = np.random.default_rng(5).standard_normal((len(tokens), LAYERS, HIDDEN))
-        taps = mx.array(self.states[:, list(ids)].reshape(len(tokens), -1).astype(np.float32))
+        self.place = draft.backend.place
+        taps = self.states[:, list(ids)].reshape(len(tokens), -1).astype(np.float32)
         self.choices = []
         draft.reset()
         for position, token in enumerate(tokens):
             # (at position 0 a shifted draft has nowhere to go, and nobody looks)
             says = draft.propose(token, 1).tokens[0, 0] if position else 0
             self.choices.append(int(says))
-            draft.extend(taps[position : position + 1])
+            draft.extend(self.place(mx.array(taps[position : position + 1])))
         draft.reset()
         self.tokens, self.length = tokens, 0
 
@@ -63,7 +65,8 @@ class Obedient:
         logits = np.zeros((len(tokens), VOCAB), np.float32)
         logits[np.arange(len(tokens)), self.choices[rows]] = 1.0
         taps = self.states[rows][:, list(self.taps)].reshape(len(tokens), -1)
-        return Output(mx.array(logits), mx.array(taps.astype(np.float32)))
+        taps = taps.astype(np.float32)
+        return Output(self.place(mx.array(logits)), self.place(mx.array(taps)))
 
 
 def text(seed: int = 1) -> list[int]:
@@ -75,8 +78,10 @@ def other(draft: Draft, shift: int = 0, **changes) -> Draft:
     return Draft(config, draft.weights, draft.embedding, draft.head, draft.backend, shift)
 
 
-def test_a_pair_that_fits():
-    draft, _ = make_draft("all")
+@pytest.mark.parametrize("backend", [MLX, NUMPY])
+def test_a_pair_that_fits(backend: Backend):
+    pytest.importorskip("numba")
+    draft, _ = make_draft("all", backend=backend)
     target = Obedient(draft, draft.config.target_layer_ids, text())
     found = examine(target, draft, text(), positions=50)
     assert found.slots[0] == Agreement(50, 50)
