@@ -57,11 +57,11 @@ def bench(**options: Any) -> None:
     prompts = benchmark.read_prompts(Path(options["prompts"] or PROMPTS))
     budgets: tuple[int, ...] = options["budgets"]
     with record.JsonFile(options["json_path"]) as file:
-        tokenizer = session.tokenizer(options)
+        tokenizer, room = session.door(options)
         tokens = {prompt.id: tuple(tokenizer.encode(prompt.text)) for prompt in prompts}
         for name, ids in tokens.items():
             try:
-                check_prompt(ids, session.max_context(options))
+                check_prompt(ids, room)
             except PromptError as error:
                 raise PromptError(f"prompt {name!r}: {error}") from error
         context = max(map(len, tokens.values())) + options["max_tokens"]

@@ -33,7 +33,8 @@ def doctor(**options: Any) -> None:
     from specdec.commands import session
     from specdec.draft.doctor import TEXT, examine
 
-    tokens = session.tokenizer(options).encode(TEXT)
+    tokenizer, _ = session.door(options)
+    tokens = tokenizer.encode(TEXT)
     loaded = session.load(options, len(tokens), 2, console)
     engine = loaded.engine
     assert engine.draft is not None

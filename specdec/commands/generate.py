@@ -63,9 +63,9 @@ def generate(**options: Any) -> None:
     from specdec.generation import Request, check_prompt
 
     with record.JsonFile(options["json_path"]) as file:
-        tokenizer = session.tokenizer(options)
+        tokenizer, context = session.door(options)
         text, tokens = _encode(tokenizer, prompt, options)
-        check_prompt(tokens, session.max_context(options))
+        check_prompt(tokens, context)
         loaded = session.load(options, len(tokens) + options["max_tokens"], budget, console)
         request = Request(
             prompt_tokens=tokens,

@@ -35,10 +35,11 @@ def inspect(**options: Any) -> None:
     from specdec.commands import session
     from specdec.inspection import architecture, parameters, parts
     from specdec.kernels.array import choose_backend
-    from specdec.load import plan_for
+    from specdec.load import folders, plan_for
     from specdec.target.config import TargetConfig
 
-    folder = session.target_folder(options)
+    settings = session.settings(options, options["context"], options["budget"])
+    folder, _ = folders(settings)
     with Checkpoint.open(folder) as checkpoint:
         config = TargetConfig.of(checkpoint)
         found = parts(checkpoint, config)
@@ -59,5 +60,4 @@ def inspect(**options: Any) -> None:
     lines.append(("total", "", size(sum(part.nbytes for part in found)), ""))
     click.echo(table(lines, left=(0, 3)))
     click.echo()
-    plan = plan_for(session.settings(options, options["context"], options["budget"]))
-    click.echo(session.plan_text(plan))
+    click.echo(session.plan_text(plan_for(settings)))

@@ -1,5 +1,6 @@
-"""A loaded model pair, with its plan and progress told on the way."""
+"""A loaded pair for a command: what can be refused before loading, the plan, the progress."""
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from specdec.commands.console import Console
@@ -9,9 +10,10 @@ from specdec.units import table
 if TYPE_CHECKING:
     from specdec.load import Loaded, Settings
     from specdec.plan import MemoryPlan
+    from specdec.tokenizer import Tokenizer
 
 
-def settings(options: dict[str, Any], context: int, budget: int) -> "Settings":
+def settings(options: Mapping[str, Any], context: int, budget: int) -> "Settings":
     """The load settings among a command's options."""
     from specdec.load import Settings
 
@@ -27,14 +29,27 @@ def settings(options: dict[str, Any], context: int, budget: int) -> "Settings":
     )
 
 
-def load(options: dict[str, Any], context: int, budget: int, console: Console) -> "Loaded":
+def door(options: Mapping[str, Any]) -> "tuple[Tokenizer, int]":
+    """What prompts are checked with before anything is loaded: tokenizer, and context in tokens."""
+    from specdec.load import folders
+    from specdec.shards import read_json
+    from specdec.target.config import TargetConfig
+    from specdec.tokenizer import Tokenizer
+
+    target, _ = folders(settings(options, 1, 1))
+    path = target / "config.json"
+    config = TargetConfig.from_dict(read_json(path), str(path))
+    return Tokenizer.open(target), config.max_position
+
+
+def load(options: Mapping[str, Any], context: int, budget: int, console: Console) -> "Loaded":
     """Load the pair; the plan is printed before."""
     from specdec.load import load as load_pair
 
     return load_pair(
         settings(options, context, budget),
         on_plan=lambda plan: console.say(plan_text(plan)),
-        on_progress=console.progress("loading"),
+        on_progress=console.progress("loading pinned experts:"),
     )
 
 
