@@ -1,0 +1,201 @@
+"""Footprint: how many bytes everything but the experts will take, from headers and configs alone.
+
+Weights and state are counted exactly. Scratch, what a forward pass holds for its own duration, is
+an estimate from above; its formulas stand in `prefill_scratch` and `verify_scratch`. All counts
+are resident bytes: packed weights as they are, floats in the engine's dtype.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import mlx.core as mx
+
+from specdec.checkpoint import Checkpoint
+from specdec.draft.cache import cache_bytes
+from specdec.draft.config import DraftConfig
+from specdec.draft.weights import weight_bytes
+from specdec.kernels.attention import BLOCK
+from specdec.shards import FLOATS, TensorInfo
+from specdec.target.config import TargetConfig
+from specdec.target.state import KV_STEP
+
+FLOAT = 4  # logits, scores, recurrent states and their inputs are always float32
+# A layer's operations are dispatched ahead of their execution: some of the next are alive too.
+AHEAD = 1.25
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What a run is planned for.
+
+    prompt, context: tokens of the prompt, and of the prompt and everything generated.
+    chunk: prompt tokens per prefill pass. budget: nodes of a tree, the root not counted.
+    dtype: of activations and of weights that are not packed.
+    """
+
+    prompt: int
+    context: int
+    chunk: int
+    budget: int
+    dtype: mx.Dtype
+
+    def __post_init__(self) -> None:
+        assert 1 <= self.prompt <= self.context
+        assert self.chunk >= 1
+        assert self.budget >= 1
+
+    @property
+    def rows(self) -> int:
+        """Rows of a verify pass: plain decoding (budget 1) has the root alone."""
+        return self.budget + 1 if self.budget > 1 else 1
+
+    def committed(self, draft: DraftConfig | None) -> int:
+        """The most tokens a session commits: the last round may overshoot by a block."""
+        return self.context + (draft.block_size if draft else 0)
+
+
+def dense_parts(checkpoint: Checkpoint, config: TargetConfig, dtype: mx.Dtype) -> dict[str, int]:
+    """Resident bytes of the target's weights without its experts, by part.
+
+    Tensors of other models in the same files (vision, multi-token heads) are not loaded and do not
+    count.
+    """
+    parts = {
+        "embedding": 0,
+        "head": 0,
+        "attention": 0,
+        "linear attention": 0,
+        "routers, shared experts": 0,
+        "dense MLPs": 0,
+        "norms": 0,
+    }
+    for info, part in _dense_tensors(checkpoint, config):
+        size = info.nbytes
+        if info.dtype in FLOATS:
+            # The decay of the gated delta rule is always computed in float32.
+            wide = info.name.endswith((".A_log", ".dt_bias"))
+            size = math.prod(info.shape) * (FLOAT if wide else dtype.size)
+        parts[part] += size
+    return {name: count for name, count in parts.items() if count}
+
+
+def _dense_tensors(
+    checkpoint: Checkpoint, config: TargetConfig
+) -> Iterator[tuple[TensorInfo, str]]:
+    layers = {f"{config.prefix}layers.{i}.": i for i in range(config.num_layers)}
+    modules = {".self_attn.": "attention", ".linear_attn.": "linear attention"}
+    for name, info in checkpoint.tensors.items():
+        layer = next((i for prefix, i in layers.items() if name.startswith(prefix)), None)
+        if name.startswith(f"{config.prefix}embed_tokens."):
+            yield info, "embedding"
+        elif name.startswith(f"{config.head_prefix}lm_head."):
+            if not config.tie_word_embeddings:
+                yield info, "head"
+        elif name == f"{config.prefix}norm.weight":
+            yield info, "norms"
+        elif layer is None or ".mlp.switch_mlp." in name:
+            continue
+        elif ".mlp." in name:
+            dense = layer in config.dense_layers
+            yield info, "dense MLPs" if dense else "routers, shared experts"
+        else:
+            yield info, next((part for key, part in modules.items() if key in name), "norms")
+
+
+def kv_capacity(context: int) -> int:
+    """Positions the key and value buffers hold once `context` tokens are committed."""
+    return -(-context // KV_STEP) * KV_STEP
+
+
+def kv_bytes(config: TargetConfig, context: int, dtype: mx.Dtype) -> int:
+    """Keys and values [kv_heads, capacity, head_dim] of all full-attention layers."""
+    row = 2 * config.num_kv_heads * config.head_dim * dtype.size
+    return len(config.full_layers) * kv_capacity(context) * row
+
+
+def state_bytes(config: TargetConfig, dtype: mx.Dtype) -> int:
+    """Recurrent states and convolution rows of all linear-attention layers."""
+    gdn = config.gdn
+    if gdn is None:
+        return 0
+    recurrent = gdn.num_value_heads * gdn.value_dim * gdn.key_dim * FLOAT
+    conv = (gdn.conv_kernel - 1) * gdn.conv_channels * dtype.size
+    return len(config.linear_layers) * (recurrent + conv)
+
+
+def draft_bytes(checkpoint: Checkpoint, config: DraftConfig, sizes: Sizes) -> tuple[int, int]:
+    """The draft's weights, and its keys and values once the context is full."""
+    return (
+        weight_bytes(checkpoint, config, sizes.dtype),
+        cache_bytes(config, sizes.committed(config), sizes.dtype),
+    )
+
+
+def prefill_scratch(config: TargetConfig, draft: DraftConfig | None, sizes: Sizes) -> int:
+    """What a prompt's passes hold beside weights and state.
+
+    AHEAD x the widest layer's activations of a chunk; two copies of its attention scores; new
+    states, twice, before they replace the old ones, and the convolution inputs of all layers until
+    then; the taps of the whole prompt, in chunks and in one piece; the draft's pass over them.
+    """
+    chunk, size = min(sizes.chunk, sizes.prompt), sizes.dtype.size
+    passes = int(AHEAD * _layer_bytes(config, chunk, sizes.dtype))
+    passes += 2 * chunk * config.num_heads * sizes.context * FLOAT
+    passes += 2 * state_bytes(config, sizes.dtype) + 2 * config.vocab_size * FLOAT
+    if config.gdn is not None:
+        passes += len(config.linear_layers) * chunk * config.gdn.conv_channels * size
+    if draft is None:
+        return passes
+    taps = sizes.prompt * len(draft.target_layer_ids) * config.hidden_size * size
+    keys = 6 * draft.num_kv_heads * draft.head_dim * draft.num_layers
+    extend = sizes.prompt * (3 * draft.hidden_size + keys) * size
+    return max(taps + passes, 2 * taps + extend)
+
+
+def verify_scratch(config: TargetConfig, draft: DraftConfig | None, sizes: Sizes) -> int:
+    """What a round holds: the largest of the draft's pass, the tree's pass and its commit.
+
+    The tree's pass: AHEAD x the widest layer's activations; two copies of its attention scores,
+    the last keys and values of each row's own path, a partial sum per block; four copies of a
+    recurrent state per row; what commit will need of every layer; logits [rows, vocab] twice.
+    Commit: three generations of all states, and one layer's keys and values while they grow.
+    The draft's pass: a block's activations, scores and logits, thrice.
+    """
+    rows, gdn, dtype = sizes.rows, config.gdn, sizes.dtype
+    tree = int(AHEAD * _layer_bytes(config, rows, dtype)) + 2 * rows * config.vocab_size * FLOAT
+    tree += 2 * rows * config.num_heads * sizes.context * FLOAT
+    tree += 4 * rows * 2 * BLOCK * config.num_kv_heads * config.head_dim * FLOAT
+    tree += rows * config.num_heads * (config.head_dim + 1) * (sizes.context // BLOCK) * FLOAT
+    tape = len(config.full_layers) * 2 * config.num_kv_heads * config.head_dim
+    if gdn is not None:
+        features = gdn.num_value_heads * (gdn.value_dim + gdn.key_dim)
+        tape += len(config.linear_layers) * (gdn.conv_channels + features)
+        tree += 4 * rows * gdn.num_value_heads * gdn.value_dim * gdn.key_dim * FLOAT
+    tape *= rows * FLOAT
+    grown = kv_bytes(config, sizes.context, dtype) // max(1, len(config.full_layers))
+    commit = 3 * state_bytes(config, dtype) + grown
+    drafting = 0
+    if draft is not None:
+        block = draft.block_size
+        widths = 3 * draft.intermediate_size + 8 * draft.hidden_size + config.vocab_size
+        scores = draft.num_heads * (sizes.context + block)
+        drafting = 3 * block * (widths + scores) * FLOAT
+    return max(tape + max(tree, commit), drafting)
+
+
+def _layer_bytes(config: TargetConfig, rows: int, dtype: mx.Dtype) -> int:
+    """Activations of the widest layer for `rows` rows, as if none were freed before its end."""
+    hidden, size = config.hidden_size, dtype.size
+    # Queries and their gates, keys and values: projected, normalized, rotated, laid out.
+    mixer = 10 * config.num_heads * config.head_dim * size
+    if config.gdn is not None:
+        gdn = config.gdn
+        # The convolution's taps; queries, keys and values repeated per value head and then
+        # weighted, decayed and solved for in float32.
+        wide = gdn.num_value_heads * max(gdn.key_dim, gdn.value_dim)
+        mixer = max(mixer, (gdn.conv_kernel + 2) * gdn.conv_channels * size + 24 * wide * FLOAT)
+    inner = config.moe_intermediate_size
+    experts = config.top_k * (3 * inner + 3 * hidden) + 3 * config.num_experts
+    shared = 3 * max(config.shared_intermediate_size, config.intermediate_size)
+    return rows * (mixer + (6 * hidden + experts + shared) * size)
