@@ -73,14 +73,16 @@ class ContextCache:
         self.end += count
 
     def with_block(self, keys: Array, values: Array) -> tuple[Array, Array]:
-        """All rows from `start` on, the block's behind them: [kv_heads, rows + block, head_dim]."""
+        """The buffers [kv_heads, capacity, head_dim] with a block's rows behind the committed ones.
+
+        Position p stands at place p - start. What lies behind the block means nothing.
+        """
         assert keys.shape[1] == self._block
         self._reserve(0)
         at = self.end - self.start
-        to = at + self._block
-        self._keys[:, at:to] = keys
-        self._values[:, at:to] = values
-        return self._keys[:, :to], self._values[:, :to]
+        self._keys[:, at : at + self._block] = keys
+        self._values[:, at : at + self._block] = values
+        return self._keys, self._values
 
     def _reserve(self, count: int) -> None:
         """Make room for `count` more rows and a block."""

@@ -52,6 +52,8 @@ def top_candidates(logits: Array, width: int) -> Block:
         ids = (np.sort(best_runs[slot])[:, None] * _RUN + np.arange(_RUN)).reshape(-1)
         ids = ids[ids < vocab]
         values = host[slot, ids]
+        least = np.partition(values, -width)[-width]
+        ids, values = ids[values >= least], values[values >= least]
         best = np.argsort(-values, kind="stable")[:width]
         tokens[slot], log_probs[slot] = ids[best], values[best]
     # logsumexp may round to just below the largest logit

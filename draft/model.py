@@ -18,13 +18,13 @@ import mlx.core as mx
 import numpy as np
 
 from specdec.checkpoint import Checkpoint
-from specdec.draft.attention import attend
 from specdec.draft.cache import ContextCache
 from specdec.draft.candidates import top_candidates
 from specdec.draft.config import DraftConfig
 from specdec.draft.weights import DraftWeights, LayerWeights
 from specdec.errors import NonFiniteError
 from specdec.kernels.array import Array, Backend, all_finite, is_numpy
+from specdec.kernels.block_attention import block_attention
 from specdec.kernels.linear import embed, linear
 from specdec.kernels.norm import rms_norm, swiglu
 from specdec.kernels.rope import Rope
@@ -123,12 +123,9 @@ class Draft:
         tokens = [bonus] + [config.mask_token_id] * config.slots
         x = self._cast(embed(np.array(tokens, np.int32), self.embedding))
         x = x * config.input_embedding_scale
-        masks: dict[tuple[int, int, bool], np.ndarray | None] = {}
         for i, (layer, cache) in enumerate(zip(self.weights.layers, self._caches, strict=True)):
-            kind = cache.start, config.windows[i], config.causal[i]
-            if kind not in masks:
-                masks[kind] = self._mask(*kind)
-            x = self._attend(x, layer, cache, masks[kind])
+            seen = self._seen(cache.start, config.windows[i], config.causal[i])
+            x = self._attend(x, layer, cache, *seen)
             h = rms_norm(x, layer.post_norm, config.rms_norm_eps)
             x = x + linear(swiglu(linear(h, layer.gate), linear(h, layer.up)), layer.down)
             if probe and not all_finite(x):
@@ -136,7 +133,12 @@ class Draft:
         return x[1:]
 
     def _attend(
-        self, x: Array, layer: LayerWeights, cache: ContextCache, mask: np.ndarray | None
+        self,
+        x: Array,
+        layer: LayerWeights,
+        cache: ContextCache,
+        first: np.ndarray,
+        last: np.ndarray,
     ) -> Array:
         """x [block, hidden] plus its attention to the context and to the block itself."""
         config, position = self.config, self._length + self._shift
@@ -145,7 +147,8 @@ class Draft:
         queries = rms_norm(queries, layer.q_norm, config.rms_norm_eps)
         queries = self._rope(queries, self._positions(position, config.block_size))
         keys, values = cache.with_block(*self._keys_values(layer, h, position))
-        attended = attend(queries, keys, values, config.head_dim**-0.5, mask)
+        scale = config.head_dim**-0.5
+        attended = block_attention(queries, keys, values, first, last, scale)
         return x + linear(attended.swapaxes(0, 1).reshape(x.shape[0], -1), layer.o)
 
     def _keys_values(self, layer: LayerWeights, rows: Array, position: int) -> tuple[Array, Array]:
@@ -163,20 +166,18 @@ class Draft:
     def _positions(self, first: int, count: int) -> np.ndarray:
         return np.arange(first, first + count)
 
-    def _mask(self, start: int, window: int, causal: bool) -> np.ndarray | None:
-        """Which rows from `start` on a block row sees: bool [block, rows], None if all.
+    def _seen(self, start: int, window: int, causal: bool) -> tuple[np.ndarray, np.ndarray]:
+        """The rows from `start` on that each block row sees: from first [block] to before last.
 
         A window reaches as far ahead as back; only with blocks longer than it does that matter.
         """
-        block = self.config.block_size
-        query = np.arange(self._length, self._length + block)[:, None]
-        key = np.arange(start, self._length + block)[None, :]
-        seen = np.ones((block, key.size), bool)
+        query = np.arange(self._length, self._length + self.config.block_size)
+        end = query[-1] + 1
+        first = np.maximum(query - window + 1, start) if window else np.full_like(query, start)
+        last = np.minimum(query + window, end) if window else np.full_like(query, end)
         if causal:
-            seen &= key <= query
-        if window:
-            seen &= np.abs(query - key) < window
-        return None if seen.all() else seen
+            last = query + 1
+        return first - start, last - start
 
     def _logits(self, hidden: Array) -> Array:
         """[slots, hidden] -> [slots, vocab]."""
