@@ -1,7 +1,7 @@
 """Measures specdec against mlx-lm on the same checkpoint, and against itself. Prints ratios.
 
     python scripts/bench_peer.py                # everything, on the demo pair
-    python scripts/bench_peer.py peer trees     # some sections
+    python scripts/bench_peer.py --only peer start
 
 Sections: `peer` plain decoding of specdec against mlx-lm, both on the CPU with float32 activations,
 same prompts, runs interleaved, medians, tokens compared; `trees` acceptance and speed over budgets,
@@ -23,6 +23,7 @@ from time import perf_counter
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 
 from specdec import bench
 from specdec.demo_pair import DRAFT, PROMPTS, TARGET
@@ -61,7 +62,7 @@ class Peer:
         start = first = perf_counter()
         tokens: list[int] = []
         logprobs = []
-        for token, logprob in generate_step(mx.array(prompt), self.model, max_tokens=count):
+        for token, logprob in generate_step(mx.array(list(prompt)), self.model, max_tokens=count):
             if not tokens:
                 first = perf_counter()
             tokens.append(int(token))
@@ -140,10 +141,10 @@ def trees_section(args: argparse.Namespace, prompts: Sequence[bench.Prompt]) -> 
             }
             for name in sweeps[kind].classes
         }
-    hashes = {run.prompt.id: set[str]() for sweep in sweeps.values() for run in sweep.runs}
-    for sweep in sweeps.values():
-        for run in sweep.runs:
-            hashes[run.prompt.id].add(run.metrics.token_sha256)
+    hashes: dict[str, set[str]] = {}
+    for swept in sweeps.values():
+        for done in swept.runs:
+            hashes.setdefault(done.prompt.id, set()).add(done.metrics.token_sha256)
     figures["equal"] = all(len(found) == 1 for found in hashes.values())
     print(f"\ntokens equal over all kinds and budgets: {figures['equal']}")
     rows = [("mean acceptance length", *(f"{b}" for b in budgets if b > 1))]
@@ -212,8 +213,8 @@ def _medians(runs: list[list[Timed]], value: Callable[[Timed], float]) -> list[f
 
 def _top_two_gap(logprobs: mx.array) -> float:
     """How much better than the second token the first one was, in nats."""
-    second, first = mx.sort(logprobs.reshape(-1))[-2:].tolist()
-    return first - second
+    second, first = np.sort(np.array(logprobs).reshape(-1))[-2:]
+    return float(first - second)
 
 
 def _list(values: Sequence[float]) -> str:
@@ -223,7 +224,7 @@ def _list(values: Sequence[float]) -> str:
 def main() -> None:
     """Run the sections that were asked for."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("sections", nargs="*", choices=[*SECTIONS, []], default=list(SECTIONS))
+    parser.add_argument("--only", nargs="+", choices=SECTIONS, default=SECTIONS, help="sections")
     parser.add_argument("--model", type=Path, default=TARGET, help="target folder")
     parser.add_argument("--draft", type=Path, default=DRAFT, help="draft folder")
     parser.add_argument("--prompts", type=Path, default=PROMPTS, help="JSON lines")
@@ -240,7 +241,7 @@ def main() -> None:
         chosen.setdefault(prompt.kind, []).append(prompt)
     prompts = [prompt for of_kind in chosen.values() for prompt in of_kind[: args.count]]
     figures: dict[str, Any] = {}
-    for section in args.sections:
+    for section in args.only:
         if section == "peer":
             figures[section] = peer_section(args, prompts)
         elif section == "trees":

@@ -11,6 +11,7 @@ import statistics
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from specdec.errors import SpecdecError
@@ -280,13 +281,18 @@ def _mean(values: Sequence[float | None]) -> float | None:
 
 
 def peak_process_bytes() -> int:
-    """Largest resident set of this process so far (getrusage: KiB on Linux, bytes on macOS)."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    """Largest resident set of this process so far.
+
+    On Linux VmHWM: getrusage there keeps the peak of the process that started this one if that was
+    larger (it survives exec). On macOS getrusage, which counts bytes.
+    """
     if sys.platform == "darwin":
-        return peak
-    if sys.platform == "linux":
-        return peak * 1024
-    raise SpecdecError(f"peak memory is not known how to read on {sys.platform}")
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for line in Path("/proc/self/status").read_text().splitlines():
+        name, _, value = line.partition(":")
+        if name == "VmHWM":
+            return int(value.removesuffix("kB")) * 1024
+    raise SpecdecError("/proc/self/status names no VmHWM: peak memory cannot be told")
 
 
 def _depths(result: "Result") -> tuple[Depth, ...]:
