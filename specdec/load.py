@@ -21,7 +21,7 @@ from specdec.footprint import Sizes
 from specdec.hub import resolve
 from specdec.kernels.array import Backend, choose_backend
 from specdec.memory import resident_bytes
-from specdec.plan import KEPT_BYTES, MemoryPlan, make_plan
+from specdec.plan import COMPILER_BYTES, KEPT_BYTES, MemoryPlan, make_plan
 from specdec.shards import FLOATS
 from specdec.target.config import TargetConfig
 from specdec.target.expert_cache import ExpertCache
@@ -152,4 +152,5 @@ def _plan(found: _Headers, settings: Settings) -> MemoryPlan:
         cache_slots=settings.cache_slots,
         memory_bytes=None if memory is None else int(memory * GB),
         runtime_bytes=resident_bytes(),
+        compiler_bytes=COMPILER_BYTES if found.backend.name == "cpu" else 0,
     )

@@ -1,5 +1,9 @@
-"""The memory plan: parts against real arrays, the rule for pins and slots, refusals."""
+"""The memory plan: parts against real arrays and a real process; pins and slots; refusals."""
 
+import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +22,7 @@ from specdec.target.expert_cache import ExpertCache
 from specdec.target.expert_store import ExpertStore
 from specdec.target.pins import pinned_layers
 from tests.checkpoints import FAMILIES, write_checkpoint
+from tests.pairs import write_pair
 
 SIZES = Sizes(prompt=100, context=300, chunk=64, budget=6, dtype=mx.float32)
 AMPLE = 10**9
@@ -276,3 +281,45 @@ def test_the_cap_without_a_word_is_a_share_of_the_memory(
 
 def test_the_machine_has_memory() -> None:
     assert 10**6 < memory.resident_bytes() < memory.physical_memory()
+
+
+RUN = """
+import json, resource, sys
+from specdec.load import Settings, load
+
+model, draft, prompt, context, budget, chunk, pins = json.loads(sys.argv[1])
+loaded = load(Settings(model, draft, pins, None, None, chunk, context, budget))
+engine = loaded.engine
+engine.prefill([7 + i % 200 for i in range(prompt)])
+while engine.target.length < context:
+    engine.step(budget)
+peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+print(json.dumps([peak if sys.platform == "darwin" else 1024 * peak, loaded.plan.total]))
+"""
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize(
+    ("prompt", "budget", "chunk", "pins"), [(600, 6, 256, None), (5, 16, 64, 0), (900, 1, 512, 2)]
+)
+def test_a_process_stays_within_its_plan(
+    tmp_path: Path, backend: str, prompt: int, budget: int, chunk: int, pins: int | None
+) -> None:
+    """Peak resident memory of a run is at most a tenth above the plan."""
+    if backend == "cpu":
+        pytest.importorskip("numba")
+    family = FAMILIES[budget % 3]
+    wide = {"hidden_size": 128, "num_experts": 16, "vocab_size": 400, "head_dim": 64}
+    pair = write_pair(tmp_path, family, **wide)
+    asked = [str(pair.target), str(pair.draft), prompt, prompt + 12, budget, chunk, pins]
+    done = subprocess.run(
+        [sys.executable, "-c", RUN, json.dumps(asked)],
+        env={**os.environ, "SPECDEC_KERNELS": backend},
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    peak, planned = json.loads(done.stdout)
+    assert planned / 4 < peak <= 1.1 * planned
