@@ -27,7 +27,8 @@ def _route(logits, normalize, experts, weights):  # type: ignore[no-untyped-def]
         for k in range(top_k):
             best = 0
             for i in range(1, count):
-                if left[i] > left[best]:  # the lower expert among equals
+                # the lower expert among equals; NaN before all others
+                if left[i] > left[best] or (left[i] != left[i] and left[best] == left[best]):
                     best = i
             experts[row, k] = best
             weights[row, k] = left[best]
