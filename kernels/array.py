@@ -4,6 +4,7 @@ An operation in kernels/ computes where its arrays live: MLX arrays with MLX, Nu
 Numba kernels of kernels/cpu. Loading decides once, by `choose_backend`; nothing is moved later.
 """
 
+import importlib
 import importlib.util
 import os
 from collections.abc import Sequence
@@ -90,6 +91,21 @@ def choose_backend(dtype: mx.Dtype | None = None) -> Backend:
         return Backend(name, mx.float32, why)
     # float16 ends at 65504, which residual streams exceed
     return Backend(name, mx.float32 if dtype == mx.float32 else mx.bfloat16, why)
+
+
+class OnCpu:
+    """A module of kernels/cpu, imported when its first operation runs.
+
+    Machines with a GPU need no Numba, and importing it takes a third of a second.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._module = f"specdec.kernels.cpu.{name}"
+
+    def __getattr__(self, operation: str) -> Any:
+        found = getattr(importlib.import_module(self._module), operation)
+        setattr(self, operation, found)  # the next look-up does not come here
+        return found
 
 
 def is_numpy(x: Array) -> bool:

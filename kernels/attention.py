@@ -13,8 +13,10 @@ from functools import cached_property
 import mlx.core as mx
 import numpy as np
 
-from specdec.kernels.array import Array, is_numpy
+from specdec.kernels.array import Array, OnCpu, is_numpy
 from specdec.kernels.layout import TreeLayout
+
+cpu = OnCpu("attention")
 
 BLOCK = 64
 
@@ -60,8 +62,6 @@ def tree_attention(
     committed and the tree's own follow. Returns [heads, rows, dim].
     """
     if is_numpy(queries):
-        from specdec.kernels.cpu import attention as cpu
-
         tree = layout.tree
         return cpu.attend(queries, keys, values, layout.length, tree.paths, tree.depths, scale)
     heads, rows, dim = queries.shape

@@ -7,7 +7,9 @@ and takes MLX's fused attention where there is MLX.
 import mlx.core as mx
 import numpy as np
 
-from specdec.kernels.array import Array, is_numpy
+from specdec.kernels.array import Array, OnCpu, is_numpy
+
+cpu = OnCpu("block_attention")
 
 
 def block_attention(
@@ -20,8 +22,6 @@ def block_attention(
     """
     assert (first < last).all()
     if is_numpy(queries):
-        from specdec.kernels.cpu import block_attention as cpu
-
         return cpu.block_attention(queries, keys, values, first, last, scale)
     places = int(last.max())
     keys, values = keys[:, :places], values[:, :places]

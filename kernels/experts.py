@@ -5,9 +5,11 @@ from dataclasses import dataclass
 import mlx.core as mx
 import numpy as np
 
-from specdec.kernels.array import Array, Backend, is_numpy
+from specdec.kernels.array import Array, Backend, OnCpu, is_numpy
 from specdec.kernels.norm import swiglu
 from specdec.kernels.weight import Weight
+
+cpu = OnCpu("experts")
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,8 +32,6 @@ def experts_apart(x: Array, bank: ExpertWeights, slots: Array | np.ndarray) -> A
     expert's output for a row depends on that row and expert alone.
     """
     if is_numpy(x):
-        from specdec.kernels.cpu import experts as cpu
-
         return cpu.experts_apart(x, bank, slots)
     slots = mx.array(slots)
     x = x[:, None, None, :]  # [rows, 1, 1, hidden]
@@ -42,8 +42,6 @@ def experts_apart(x: Array, bank: ExpertWeights, slots: Array | np.ndarray) -> A
 def combine(outputs: Array, weights: Array) -> Array:
     """Sum of outputs [rows, n, hidden] times weights [rows, n], in the order of n."""
     if is_numpy(outputs):
-        from specdec.kernels.cpu import experts as cpu
-
         return cpu.combine(outputs, weights)
     return (outputs * weights[..., None].astype(outputs.dtype)).sum(axis=1)
 

@@ -14,9 +14,11 @@ from dataclasses import dataclass
 import mlx.core as mx
 import numpy as np
 
-from specdec.kernels.array import Array, concatenate, is_numpy
+from specdec.kernels.array import Array, OnCpu, concatenate, is_numpy
 from specdec.kernels.layout import TreeLayout
 from specdec.kernels.norm import rms_norm, silu
+
+cpu = OnCpu("gated_delta")
 
 CHUNK = 16  # tokens the prompt's recurrence handles as one triangular system
 
@@ -42,8 +44,6 @@ def convolve(x: Array, state: Array, windows: np.ndarray, weight: Array) -> Arra
     int32 [rows, taps] from TreeLayout.windows; weight [taps, channels]. Returns [rows, channels].
     """
     if is_numpy(x):
-        from specdec.kernels.cpu import gated_delta as cpu
-
         return cpu.convolve(x, state, windows, weight)
     seen = mx.concatenate([state, x], axis=0)[mx.array(windows)]  # [rows, taps, channels]
     return silu((seen * weight).sum(axis=1))
@@ -65,8 +65,6 @@ def convolve_prompt(x: Array, state: Array, weight: Array) -> Array:
 def normalize_keys(queries: Array, keys: Array) -> tuple[Array, Array]:
     """L2-normalize queries and keys, scale the queries: float32 [rows, key_heads, key_dim]."""
     if is_numpy(queries):
-        from specdec.kernels.cpu import gated_delta as cpu
-
         return cpu.normalize_keys(queries, keys)
     dim = queries.shape[-1]
     # rms_norm divides by sqrt(mean(x^2) + eps): with eps / dim this is x * sqrt(dim) / |x|.
@@ -82,8 +80,6 @@ def gates(a: Array, b: Array, a_log: Array, dt_bias: Array) -> tuple[Array, Arra
     a, b [rows, value_heads]; a_log, dt_bias float32 [value_heads]. Both float32.
     """
     if is_numpy(a):
-        from specdec.kernels.cpu import gated_delta as cpu
-
         return cpu.gates(a, b, a_log, dt_bias)
     step = mx.logaddexp(a.astype(mx.float32) + dt_bias, 0.0)
     return -mx.exp(a_log) * step, mx.sigmoid(b.astype(mx.float32))
@@ -105,8 +101,6 @@ def recur_tree(
     is. Returns y float32 [rows, heads, value_dim].
     """
     if is_numpy(queries):
-        from specdec.kernels.cpu import gated_delta as cpu
-
         rows = queries, keys, values, log_decay, beta
         y, last = cpu.recur(*rows, state, tree.parents)
         return y, Tape(rows, last if tree.is_chain else None)
@@ -145,8 +139,6 @@ def replay(states: list[Array], tapes: list[Tape], path: list[int]) -> list[Arra
     if tapes[0].last is not None and len(path) == tapes[0].rows[0].shape[0]:
         return [tape.last for tape in tapes]
     if is_numpy(states[0]):
-        from specdec.kernels.cpu import gated_delta as cpu
-
         chain = TreeLayout.chain(len(path)).parents
         last = []
         for state, tape in zip(states, tapes, strict=True):
@@ -173,8 +165,6 @@ def recur_prompt(
     """
     rows = queries.shape[0]
     if is_numpy(queries):
-        from specdec.kernels.cpu import gated_delta as cpu
-
         chain = TreeLayout.chain(rows).parents
         return cpu.recur(queries, keys, values, log_decay, beta, state, chain)
     queries, keys = _for_value_heads(queries, keys, values.shape[1])

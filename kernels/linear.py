@@ -7,15 +7,15 @@ tree has to give each row the bits that decoding it alone would give.
 import mlx.core as mx
 import numpy as np
 
-from specdec.kernels.array import Array, evaluate, is_numpy
+from specdec.kernels.array import Array, OnCpu, evaluate, is_numpy
 from specdec.kernels.weight import Weight
+
+cpu = OnCpu("linear")
 
 
 def linear(x: Array, weight: Weight) -> Array:
     """x [rows, in] times the transposed weight [out, in]: [rows, out] in x's dtype."""
     if is_numpy(x):
-        from specdec.kernels.cpu import linear as cpu
-
         return cpu.linear(x, weight)
     if not weight.quantized:
         return x @ weight.data.swapaxes(-1, -2)
@@ -59,8 +59,6 @@ class Projections:
 def embed(ids: np.ndarray, weight: Weight) -> Array:
     """Rows of the embedding: ids int32 [rows] -> [rows, hidden] in the weight's float dtype."""
     if is_numpy(weight.data):
-        from specdec.kernels.cpu import linear as cpu
-
         return cpu.embed(ids, weight)
     index = mx.array(np.asarray(ids))
     if weight.scales is None or weight.biases is None:

@@ -2,14 +2,14 @@
 
 import mlx.core as mx
 
-from specdec.kernels.array import Array, is_numpy
+from specdec.kernels.array import Array, OnCpu, is_numpy
+
+cpu = OnCpu("norm")
 
 
 def rms_norm(x: Array, weight: Array | None, eps: float) -> Array:
     """x / sqrt(mean(x^2) + eps) * weight, statistics in float32; x [..., n], weight [n] or None."""
     if is_numpy(x):
-        from specdec.kernels.cpu import norm as cpu
-
         return cpu.rms_norm(x, weight, eps)
     return mx.fast.rms_norm(x, weight, eps)
 
@@ -20,8 +20,6 @@ def gated_rms_norm(x: Array, gate: Array, weight: Array, eps: float) -> Array:
     The gate is applied in float32, as Qwen3-Next does, and the result has x's dtype.
     """
     if is_numpy(x):
-        from specdec.kernels.cpu import norm as cpu
-
         return cpu.gated_rms_norm(x, gate, weight, eps)
     gate = gate.astype(mx.float32)
     return (silu(gate) * rms_norm(x, weight, eps).astype(mx.float32)).astype(x.dtype)
@@ -35,8 +33,6 @@ def silu(x: mx.array) -> mx.array:
 def swiglu(gate: Array, up: Array) -> Array:
     """silu(gate) * up, element by element."""
     if is_numpy(up):
-        from specdec.kernels.cpu import norm as cpu
-
         return cpu.swiglu(gate, up)
     return silu(gate) * up
 
@@ -44,7 +40,5 @@ def swiglu(gate: Array, up: Array) -> Array:
 def sigmoid_gate(x: Array, gate: Array) -> Array:
     """x [rows, n] * sigmoid(gate), gate [rows, n] or [rows, 1]."""
     if is_numpy(x):
-        from specdec.kernels.cpu import norm as cpu
-
         return cpu.sigmoid_gate(x, gate)
     return x * mx.sigmoid(gate)

@@ -18,7 +18,9 @@ import mlx.core as mx
 import numpy as np
 
 from specdec.errors import CheckpointError
-from specdec.kernels.array import Array, is_numpy
+from specdec.kernels.array import Array, OnCpu, is_numpy
+
+cpu = OnCpu("rope")
 
 _TABLE_STEP = 256  # positions per growth of the table; see Rope._grow
 
@@ -195,8 +197,6 @@ class Rope:
         """
         at = np.asarray(positions)
         if is_numpy(x):
-            from specdec.kernels.cpu import rope as cpu
-
             self._reach(at)
             return cpu.rotate(x, self._cos[at], self._sin[at])
         cos, sin = self._rows(at)

@@ -2,7 +2,9 @@
 
 import mlx.core as mx
 
-from specdec.kernels.array import Array, is_numpy
+from specdec.kernels.array import Array, OnCpu, is_numpy
+
+cpu = OnCpu("routing")
 
 
 def route(logits: Array, top_k: int, normalize: bool) -> tuple[Array, Array]:
@@ -10,15 +12,15 @@ def route(logits: Array, top_k: int, normalize: bool) -> tuple[Array, Array]:
 
     logits [rows, experts] -> experts int32 [rows, top_k] by falling logit (the lower expert first
     when equal), weights float32 [rows, top_k]: softmax over all experts, or, with `normalize`,
-    over the chosen ones (which equals softmax, then renormalization).
+    over the chosen ones (which equals softmax, then renormalization). NaN counts as the largest
+    logit, so that it ends up in the weights and is seen.
     """
     if is_numpy(logits):
-        from specdec.kernels.cpu import routing as cpu
-
         return cpu.route(logits, top_k, normalize)
     logits = logits.astype(mx.float32)
     # a stable sort of the negated logits puts the lower expert first among equals
-    experts = mx.argsort(-logits, axis=-1)[:, :top_k]
+    ranked = mx.where(mx.isnan(logits), -mx.inf, -logits)
+    experts = mx.argsort(ranked, axis=-1)[:, :top_k]
     chosen = mx.take_along_axis(logits, experts, axis=-1)
     if normalize:
         return experts.astype(mx.int32), mx.softmax(chosen, axis=-1)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Self
 
 import mlx.core as mx
@@ -60,9 +61,20 @@ class Weight:
         """The same weight as a backend holds it."""
         return self._each(backend.place)
 
-    def stack(self) -> "Weight":
-        """This matrix as a stack of one."""
-        return self._each(lambda array: array[None])
+    @cached_property
+    def bytes_on_cpu(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The arrays as kernels/cpu reads them, without a copy, each a stack of matrices.
+
+        Packed data as bytes; a dense weight has scales and biases of no groups.
+        """
+        data, scales, biases = self.arrays
+        if not self.quantized:
+            scales = biases = np.zeros((*data.shape[:-1], 0), np.float32)
+        else:
+            data = data.view(np.uint8)
+        stacked = (a if a.ndim == 3 else a[None] for a in (data, scales, biases))
+        data, scales, biases = stacked
+        return data, scales, biases
 
     def same_format(self, other: "Weight") -> bool:
         """Whether the two could be one matrix: equal bits, group size, inputs and dtype."""

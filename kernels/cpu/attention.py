@@ -26,6 +26,8 @@ def attend(
     places length + row; paths int32 [rows, depth + 1] and depths int32 [rows] as in TreeLayout.
     Returns [heads, rows, dim].
     """
+    # Numba compiles strided arrays to other code, which adds in another order.
+    assert keys.flags.c_contiguous and values.flags.c_contiguous
     queries = np.ascontiguousarray(queries)
     out = np.empty_like(queries)
     scores = np.empty(length + paths.shape[1], np.float32)

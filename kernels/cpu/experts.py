@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from specdec.kernels.cpu.jit import jit
 from specdec.kernels.cpu.linear import grouped
 from specdec.kernels.cpu.norm import swiglu
 from specdec.kernels.experts import ExpertWeights
@@ -13,22 +14,46 @@ def experts_apart(x: np.ndarray, bank: ExpertWeights, slots: np.ndarray) -> np.n
     x [rows, hidden], slots int [rows, n] -> [rows, n, hidden].
     """
     rows, n = slots.shape
-    flat = slots.reshape(-1)
-    order = np.argsort(flat, kind="stable")  # pairs by expert
-    used, starts = np.unique(flat[order], return_index=True)
-    ends = np.append(starts, len(flat))
+    order, used, ends = _by_slot(np.ascontiguousarray(slots).reshape(-1), len(bank.down.data))
     sources = order // n
     gate = grouped(x, bank.gate, used, ends, sources)
     up = grouped(x, bank.up, used, ends, sources)
-    down = grouped(swiglu(gate, up), bank.down, used, ends, np.arange(len(flat)))
-    out = np.empty((rows * n, down.shape[1]), np.float32)
+    pairs = np.arange(rows * n)
+    down = grouped(swiglu(gate, up), bank.down, used, ends, pairs)
+    out = np.empty_like(down)
     out[order] = down
     return out.reshape(rows, n, -1)
 
 
 def combine(outputs: np.ndarray, weights: np.ndarray) -> np.ndarray:
     """Sum of outputs [rows, n, hidden] times weights [rows, n], in the order of n."""
-    total = outputs[:, 0] * weights[:, 0, None]
-    for k in range(1, outputs.shape[1]):
-        total += outputs[:, k] * weights[:, k, None]
-    return total
+    out = np.zeros((outputs.shape[0], outputs.shape[2]), np.float32)
+    _combine(np.ascontiguousarray(outputs), weights, out)
+    return out
+
+
+@jit
+def _by_slot(slots, stack):  # type: ignore[no-untyped-def]
+    """Pairs by slot: their order, the slots in use, and where each one's pairs begin and end."""
+    counts = np.zeros(stack + 1, np.int64)
+    for slot in slots:
+        counts[slot + 1] += 1
+    used = np.flatnonzero(counts[1:])
+    starts = np.cumsum(counts)
+    ends = np.empty(len(used) + 1, np.int64)
+    for i in range(len(used)):
+        ends[i] = starts[used[i]]
+    ends[len(used)] = len(slots)
+    order = np.empty(len(slots), np.int64)
+    for pair in range(len(slots)):
+        order[starts[slots[pair]]] = pair
+        starts[slots[pair]] += 1
+    return order, used, ends
+
+
+@jit
+def _combine(outputs, weights, out):  # type: ignore[no-untyped-def]
+    for row in range(outputs.shape[0]):
+        for k in range(outputs.shape[1]):
+            for i in range(outputs.shape[2]):
+                out[row, i] += outputs[row, k, i] * weights[row, k]

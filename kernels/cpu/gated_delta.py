@@ -69,12 +69,15 @@ def recur(
 
 @jit
 def _convolve(seen, windows, weight, out):  # type: ignore[no-untyped-def]
-    taps = windows.shape[1]
     for row in range(out.shape[0]):
         for channel in range(out.shape[1]):
-            total = np.float32(0)
-            for tap in range(taps):
-                total += seen[windows[row, tap], channel] * weight[tap, channel]
+            out[row, channel] = 0
+        for tap in range(windows.shape[1]):
+            source = seen[windows[row, tap]]
+            for channel in range(out.shape[1]):
+                out[row, channel] += source[channel] * weight[tap, channel]
+        for channel in range(out.shape[1]):
+            total = out[row, channel]
             out[row, channel] = total / (np.float32(1) + math.exp(-total))
 
 

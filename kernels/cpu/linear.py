@@ -1,10 +1,12 @@
 """Quantized and dense matrix products for a few rows: a weight row is read and decoded once.
 
-One kernel serves plain linear layers and experts: output features of a matrix chosen per group of
-input rows. A linear layer is one group with one matrix.
+One kernel serves plain linear layers and experts: groups of input rows, each with one matrix of a
+stack. A linear layer is one group with one matrix. The weight row is decoded to float32 and then
+multiplied with all rows of the group (dots.py).
 
 4-bit weights are decoded into the even and the odd input features apart, which keeps the decoding
-in vector registers; the inputs are laid out the same way first.
+in vector registers; the inputs are laid out the same way first. Inputs and decoded rows are padded
+with zeros to whole steps of the dot product.
 """
 
 from collections.abc import Callable
@@ -12,15 +14,14 @@ from functools import cache
 
 import numpy as np
 
+from specdec.kernels.cpu.dots import STEP, store_dot, store_four_dots, store_two_dots
 from specdec.kernels.cpu.jit import jit
 from specdec.kernels.weight import Weight
-
-ONE_GROUP = np.zeros(1, np.int64)
 
 
 def linear(x: np.ndarray, weight: Weight) -> np.ndarray:
     """x [rows, in] times the transposed weight: [rows, out]."""
-    return grouped(x, weight.stack(), ONE_GROUP, np.array([0, len(x)]), np.arange(len(x)))
+    return grouped(x, weight, *_one_group(len(x)))
 
 
 def grouped(
@@ -28,25 +29,14 @@ def grouped(
 ) -> np.ndarray:
     """Products of input rows with the matrices of a stack, group by group.
 
-    x [n, in]; weight [stack, out, in]; slots int [groups]: the matrix of each group; ends int
-    [groups + 1]: where the groups begin and end in rows; rows int [pairs]: the row of x of each
-    pair. Returns [pairs, out].
+    x [n, in]; weight [stack, out, in] (or one matrix [out, in], then all slots are 0); slots int64
+    [groups]: the matrix of each group; ends int64 [groups + 1]: where the groups begin and end in
+    rows; rows int64 [pairs]: the row of x of each pair. Returns [pairs, out].
     """
-    out = np.empty((len(rows), weight.out_features), np.float32)
-    data = weight.data
-    if not weight.quantized:
-        _dense(np.ascontiguousarray(x), data, slots, ends, rows, out)
-        return out
-    packed = data.view(np.uint8)
-    if weight.bits == 4:
-        x = np.concatenate([x[:, 0::2], x[:, 1::2]], axis=1)
-        _four_bits(weight.group_size // 2)(
-            x, packed, weight.scales, weight.biases, slots, ends, rows, out
-        )
-    else:
-        _other_bits(weight.bits, weight.group_size)(
-            np.ascontiguousarray(x), packed, weight.scales, weight.biases, slots, ends, rows, out
-        )
+    data, scales, biases = weight.bytes_on_cpu
+    out = np.empty((len(rows), data.shape[1]), np.float32)
+    kernel = _kernel(weight.bits, weight.group_size)
+    kernel(np.ascontiguousarray(x), data, scales, biases, slots, ends, rows, out)
     return out
 
 
@@ -54,80 +44,94 @@ def embed(ids: np.ndarray, weight: Weight) -> np.ndarray:
     """Rows of the embedding: ids int [n] -> [n, hidden]."""
     if not weight.quantized:
         return weight.data[ids]
+    data, scales, biases = weight.bytes_on_cpu
     out = np.empty((len(ids), weight.in_features), np.float32)
-    _decode_rows(
-        weight.data.view(np.uint8),
-        weight.scales,
-        weight.biases,
-        ids,
-        weight.bits,
-        weight.group_size,
-        out,
-    )
+    _rows(data[0], scales[0], biases[0], ids, weight.bits, weight.group_size, out)
     return out
 
 
 @cache
-def _four_bits(half_group: int) -> Callable[..., None]:
-    """The kernel for one group size; constant trip counts are what lets the decoding vectorize."""
-
-    @jit
-    def kernel(x, packed, scales, biases, slots, ends, rows, out):  # type: ignore[no-untyped-def]
-        half = packed.shape[2]
-        groups = scales.shape[2]
-        low = np.empty(half, np.float32)
-        high = np.empty(half, np.float32)
-        for part in range(len(slots)):
-            slot = slots[part]
-            for feature in range(packed.shape[1]):
-                for group in range(groups):
-                    scale = scales[slot, feature, group]
-                    bias = biases[slot, feature, group]
-                    at = group * half_group
-                    for i in range(half_group):
-                        byte = packed[slot, feature, at + i]
-                        low[at + i] = np.float32(np.int32(byte & 15)) * scale + bias
-                        high[at + i] = np.float32(np.int32(byte >> 4)) * scale + bias
-                for pair in range(ends[part], ends[part + 1]):
-                    row = rows[pair]
-                    total = np.float32(0)
-                    for i in range(half):
-                        total += low[i] * x[row, i] + high[i] * x[row, half + i]
-                    out[pair, feature] = total
-
-    return kernel
+def _one_group(rows: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """slots, ends and rows of a single group of all rows."""
+    return np.zeros(1, np.int64), np.array([0, rows]), np.arange(rows)
 
 
 @cache
-def _other_bits(bits: int, group_size: int) -> Callable[..., None]:
-    """The kernel for 8 bits, and for 2, 3, 5 and 6 through a bit stream."""
+def _kernel(bits: int, group_size: int) -> Callable[..., None]:
+    """`grouped` for one packing; bits 0 is dense."""
+    decode = _decoder(bits, group_size)
 
     @jit
-    def kernel(x, packed, scales, biases, slots, ends, rows, out):  # type: ignore[no-untyped-def]
+    def kernel(x, data, scales, biases, slots, ends, rows, out):  # type: ignore[no-untyped-def]
         size = x.shape[1]
-        groups = scales.shape[2]
-        values = np.empty(size, np.float32)
+        half = size // 2
+        padded = (size + STEP - 1) // STEP * STEP
+        inputs = np.zeros((x.shape[0], padded), np.float32)
+        for row in range(x.shape[0]):
+            if bits == 4:
+                for i in range(half):
+                    inputs[row, i] = x[row, 2 * i]
+                    inputs[row, half + i] = x[row, 2 * i + 1]
+            else:
+                for i in range(size):
+                    inputs[row, i] = x[row, i]
+        values = np.zeros(padded, np.float32)
         for part in range(len(slots)):
             slot = slots[part]
-            for feature in range(packed.shape[1]):
-                for group in range(groups):
-                    scale = scales[slot, feature, group]
-                    bias = biases[slot, feature, group]
-                    at = group * group_size
-                    for i in range(group_size):
-                        if bits == 8:
-                            code = np.int32(packed[slot, feature, at + i])
-                        else:
-                            code = _code(packed[slot, feature], at + i, bits)
-                        values[at + i] = np.float32(code) * scale + bias
-                for pair in range(ends[part], ends[part + 1]):
-                    row = rows[pair]
-                    total = np.float32(0)
-                    for i in range(size):
-                        total += values[i] * x[row, i]
-                    out[pair, feature] = total
+            for feature in range(data.shape[1]):
+                decode(data[slot, feature], scales[slot, feature], biases[slot, feature], values)
+                pair, end = ends[part], ends[part + 1]
+                while pair + 4 <= end:
+                    store_four_dots(values, inputs, rows, pair, out, feature)
+                    pair += 4
+                if pair + 2 <= end:
+                    store_two_dots(values, inputs, rows, pair, out, feature)
+                    pair += 2
+                if pair < end:
+                    store_dot(values, inputs, rows, pair, out, feature)
 
     return kernel
+
+
+def _decoder(bits: int, group_size: int) -> Callable[..., None]:
+    """One weight row to float32: decode(data, scales, biases, values).
+
+    Each packing has a function of its own with constant trip counts: both are needed for the
+    compiler to vectorize it.
+    """
+    half_group = group_size // 2
+
+    @jit
+    def dense(data, scales, biases, values):  # type: ignore[no-untyped-def]
+        for i in range(len(data)):
+            values[i] = data[i]
+
+    @jit
+    def four_bits(data, scales, biases, values):  # type: ignore[no-untyped-def]
+        # As arrays of their own: two places in one array might overlap, for all the compiler knows.
+        low, high = values[: len(data)], values[len(data) :]
+        for group in range(len(scales)):
+            scale, bias, at = scales[group], biases[group], group * half_group
+            for i in range(half_group):
+                byte = data[at + i]
+                low[at + i] = np.float32(np.int32(byte & 15)) * scale + bias
+                high[at + i] = np.float32(np.int32(byte >> 4)) * scale + bias
+
+    @jit
+    def eight_bits(data, scales, biases, values):  # type: ignore[no-untyped-def]
+        for group in range(len(scales)):
+            scale, bias, at = scales[group], biases[group], group * group_size
+            for i in range(group_size):
+                values[at + i] = np.float32(np.int32(data[at + i])) * scale + bias
+
+    @jit
+    def stream(data, scales, biases, values):  # type: ignore[no-untyped-def]
+        for group in range(len(scales)):
+            scale, bias, at = scales[group], biases[group], group * group_size
+            for i in range(group_size):
+                values[at + i] = np.float32(_code(data, at + i, bits)) * scale + bias
+
+    return {0: dense, 4: four_bits, 8: eight_bits}.get(bits, stream)  # type: ignore[no-any-return]
 
 
 @jit
@@ -142,23 +146,10 @@ def _code(packed, index, bits):  # type: ignore[no-untyped-def]
 
 
 @jit
-def _decode_rows(packed, scales, biases, ids, bits, group_size, out):  # type: ignore[no-untyped-def]
+def _rows(packed, scales, biases, ids, bits, group_size, out):  # type: ignore[no-untyped-def]
     for n in range(len(ids)):
         row = ids[n]
         for i in range(out.shape[1]):
             group = i // group_size
             code = np.float32(_code(packed[row], i, bits))
             out[n, i] = code * scales[row, group] + biases[row, group]
-
-
-@jit
-def _dense(x, data, slots, ends, rows, out):  # type: ignore[no-untyped-def]
-    for part in range(len(slots)):
-        slot = slots[part]
-        for feature in range(data.shape[1]):
-            for pair in range(ends[part], ends[part + 1]):
-                row = rows[pair]
-                total = np.float32(0)
-                for i in range(data.shape[2]):
-                    total += data[slot, feature, i] * x[row, i]
-                out[pair, feature] = total
