@@ -54,7 +54,7 @@ class Operations:
 
     def place(self, value: Any) -> Any:
         if isinstance(value, np.ndarray):
-            return self.backend.place(mx.array(value))
+            return self.backend.place(mx.array(np.ascontiguousarray(value)))
         if isinstance(value, Weight | ExpertWeights):
             return value.on(self.backend)
         return value

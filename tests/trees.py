@@ -1,0 +1,31 @@
+"""Random trees, for tests and as a hypothesis strategy."""
+
+import numpy as np
+from hypothesis import strategies as st
+
+
+def random_parents(rng: np.random.Generator, rows: int) -> np.ndarray:
+    """Parents int32 [rows] of a tree in any valid order: chains, bushes and all between."""
+    reach = rng.integers(1, rows + 1)  # how far back a parent may stand
+    parents = [-1, *(int(rng.integers(max(0, row - reach), row)) for row in range(1, rows))]
+    return np.array(parents, np.int32)
+
+
+def path_to(parents: np.ndarray, row: int) -> list[int]:
+    """Rows from the root to `row`."""
+    path = [row]
+    while parents[path[-1]] >= 0:
+        path.append(int(parents[path[-1]]))
+    return path[::-1]
+
+
+@st.composite
+def trees(draw: st.DrawFn, most: int = 25) -> np.ndarray:
+    """Parents of a tree of 1 to `most` rows: a row's parent is any row above it."""
+    rows = draw(st.integers(1, most))
+    kind = draw(st.sampled_from(["chain", "star", "any"]))
+    if kind == "chain":
+        return np.arange(-1, rows - 1, dtype=np.int32)
+    if kind == "star":
+        return np.array([-1, *[0] * (rows - 1)], np.int32)
+    return np.array([-1, *(draw(st.integers(0, row - 1)) for row in range(1, rows))], np.int32)
