@@ -41,6 +41,8 @@ MLX_DTYPES = {
     "F32": (mx.float32, mx.float32),
     "U32": (mx.uint32, mx.uint32),
 }
+# Bytes of one read at most; macOS refuses more than 2 GiB.
+READ_BYTES = 1 << 30
 
 
 def read_at(descriptor: int, buffer: memoryview, offset: int) -> int:
@@ -76,7 +78,8 @@ class Checkpoint:
             files = [folder / name for name in sorted(set(weight_map.values()))]
         else:
             weight_map = {}
-            files = sorted(folder.glob("*.safetensors"))
+            # Not ._model.safetensors, which macOS leaves on foreign disks.
+            files = sorted(folder.glob("[!.]*.safetensors"))
         if not files:
             raise CheckpointError(f"{folder}: no *.safetensors file")
         descriptors: dict[Path, int] = {}
@@ -258,7 +261,9 @@ class Checkpoint:
         while done < len(buffer):
             try:
                 count = read_at(
-                    self._descriptors[info.file], buffer[done:], info.offset + start + done
+                    self._descriptors[info.file],
+                    buffer[done : done + READ_BYTES],
+                    info.offset + start + done,
                 )
             except OSError as error:
                 raise ExpertReadError(

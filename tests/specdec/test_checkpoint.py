@@ -97,6 +97,7 @@ def test_every_shard_counts_when_there_is_no_index(tmp_path: Path) -> None:
     with Checkpoint.open(folder) as checkpoint:
         names = checkpoint.tensors.keys()
     (folder / "model.safetensors.index.json").unlink()
+    (folder / "._model.safetensors").write_bytes(b"not a checkpoint")
     with Checkpoint.open(folder) as checkpoint:
         assert checkpoint.tensors.keys() == names
 
@@ -389,6 +390,16 @@ def test_reads_come_from_the_given_bytes_and_short_ones_are_errors(
         with monkeypatch.context() as patch:
             patch.setattr(checkpoint_module, "read_at", lambda fd, b, at: real(fd, b[:3], at))
             assert mx.array_equal(checkpoint.load(info.name), whole)
+        with monkeypatch.context() as patch:  # no read is larger than a system allows
+            patch.setattr(checkpoint_module, "READ_BYTES", 7)
+            sizes: list[int] = []
+            patch.setattr(
+                checkpoint_module,
+                "read_at",
+                lambda fd, b, at: (sizes.append(len(b)), real(fd, b, at))[1],
+            )
+            assert mx.array_equal(checkpoint.load(info.name), whole)
+            assert sizes == [7] * 9 + [1]
         os.truncate(info.file, info.offset + 5)
         with pytest.raises(ExpertReadError, match=r"short read .* 1 of 10 bytes"):
             checkpoint.pread_into(info, 4, buffer.data)

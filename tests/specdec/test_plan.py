@@ -284,8 +284,9 @@ def test_the_machine_has_memory() -> None:
 
 
 RUN = """
-import json, resource, sys
+import json, sys
 from specdec.load import Settings, load
+from specdec.metrics import peak_process_bytes
 
 model, draft, prompt, context, budget, chunk, pins = json.loads(sys.argv[1])
 loaded = load(Settings(model, draft, pins, None, None, chunk, context, budget))
@@ -293,8 +294,7 @@ engine = loaded.engine
 engine.prefill([7 + i % 200 for i in range(prompt)])
 while engine.target.length < context:
     engine.step(budget)
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-print(json.dumps([peak if sys.platform == "darwin" else 1024 * peak, loaded.plan.total]))
+print(json.dumps([peak_process_bytes(), loaded.plan.total]))
 """
 
 
