@@ -393,11 +393,12 @@ def test_reads_come_from_the_given_bytes_and_short_ones_are_errors(
         with monkeypatch.context() as patch:  # no read is larger than a system allows
             patch.setattr(checkpoint_module, "READ_BYTES", 7)
             sizes: list[int] = []
-            patch.setattr(
-                checkpoint_module,
-                "read_at",
-                lambda fd, b, at: (sizes.append(len(b)), real(fd, b, at))[1],
-            )
+
+            def recorded(descriptor: int, buffer: memoryview, offset: int) -> int:
+                sizes.append(len(buffer))
+                return real(descriptor, buffer, offset)
+
+            patch.setattr(checkpoint_module, "read_at", recorded)
             assert mx.array_equal(checkpoint.load(info.name), whole)
             assert sizes == [7] * 9 + [1]
         os.truncate(info.file, info.offset + 5)
