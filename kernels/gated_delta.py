@@ -136,6 +136,8 @@ def replay(states: list[Array], tapes: list[Tape], path: list[int]) -> list[Arra
 
     states float32 [heads, value_dim, key_dim] each. Returns the new ones.
     """
+    if not tapes:
+        return []
     if tapes[0].last is not None and len(path) == tapes[0].rows[0].shape[0]:
         return [tape.last for tape in tapes]
     if is_numpy(states[0]):

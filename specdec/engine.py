@@ -42,6 +42,7 @@ class Engine:
             self.draft.reset()
         self._bonus: int | None = None
         self._drafting = False
+        self._untold: Array | None = None  # taps of committed tokens the draft does not know of
 
     def prefill(
         self,
@@ -51,11 +52,14 @@ class Engine:
     ) -> Prefill:
         """Run a prompt from nothing. Without `drafting`, only budget 1 may follow."""
         self.reset()
-        start = perf_counter()
-        output = self.target.prefill(tokens, on_progress, self.prefill_chunk)
         self._drafting = drafting and self.draft is not None
-        if self._drafting:
-            self._extend(output.taps)
+        start = perf_counter()
+        for done in range(0, len(tokens), self.prefill_chunk):
+            chunk = tokens[done : done + self.prefill_chunk]
+            output = self.target.prefill(chunk)
+            self._tell_draft(output.taps)
+            if on_progress is not None:
+                on_progress(done + len(chunk), len(tokens))
         self._bonus = int(self.choose(output.logits)[0])
         return Prefill(self._bonus, len(tokens), perf_counter() - start)
 
@@ -73,9 +77,8 @@ class Engine:
         path, bonus = walk(tree, self.choose(output.logits))
         times.append(perf_counter())
         self.target.commit(path)
-        if self._drafting:
-            self._extend(output.taps[self.target.backend.index(path)])
         self._bonus = bonus
+        self._tell_draft(output.taps[self.target.backend.index(path)])
         times.append(perf_counter())
         draft, built, verify, commit = np.diff(times).tolist()
         return Round(tree, path, bonus, PhaseSeconds(draft, built, verify, commit))
@@ -84,8 +87,14 @@ class Engine:
         if self.draft is None or not self._drafting:
             raise SpecdecError(f"budget {budget} needs a draft model; budget 1 does not")
         assert self._bonus is not None
+        if self._untold is not None:  # the last round was interrupted after its commit
+            self._tell_draft(self._untold)
+        assert self.draft.length == self.target.length
         return self.draft.propose(self._bonus, budget)
 
-    def _extend(self, taps: Array) -> None:
-        assert self.draft is not None
-        self.draft.extend(taps)
+    def _tell_draft(self, taps: Array) -> None:
+        """Extend the draft's context by the taps [n, taps * hidden] of committed tokens."""
+        if self.draft is not None and self._drafting:
+            self._untold = taps
+            self.draft.extend(taps)
+            self._untold = None

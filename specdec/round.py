@@ -46,7 +46,7 @@ class Round:
     seconds: PhaseSeconds
 
     def __post_init__(self) -> None:
-        assert self.path and self.path[0] == 0
+        assert self.path[0] == 0
 
     @property
     def accepted(self) -> int:

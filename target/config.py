@@ -199,10 +199,9 @@ class _Reader:
         )
 
     def rope(self, head_dim: int) -> RopeConfig:
-        try:
-            return RopeConfig.from_config(dict(self.text), head_dim)
-        except CheckpointError as error:
-            raise self.error(str(error)) from None
+        # Qwen3-Next and Qwen3.5 turn a quarter of a head where the config does not say.
+        silent = {} if self.family == "qwen3_moe" else {"partial_rotary_factor": 0.25}
+        return RopeConfig.from_config({**silent, **self.text}, head_dim, self.source)
 
     def layer_types(self, layers: int) -> tuple[str, ...]:
         kinds = self.text.get("layer_types")

@@ -1,8 +1,8 @@
 """Target: the MoE model that decides every token.
 
-`prefill` runs a prompt, `verify` a whole draft tree in one pass, `commit` makes one of its paths
-part of the state. verify changes nothing that is committed: an error or an interrupt between the
-two leaves the session as it was.
+`prefill` runs a prompt, chunk by chunk, `verify` a whole draft tree in one pass, `commit` makes one
+of its paths part of the state. verify changes nothing that is committed: an error or an interrupt
+between the two leaves the session as it was.
 """
 
 from collections.abc import Callable, Sequence
@@ -126,35 +126,22 @@ class Target:
         """Committed tokens."""
         return self.state.length
 
-    def prefill(
-        self,
-        tokens: Sequence[int],
-        on_progress: Callable[[int, int], None] | None = None,
-        chunk: int = 256,
-        all_logits: bool = False,
-    ) -> Output:
-        """Commit a prompt in chunks of `chunk` tokens; taps for every row of it.
+    def prefill(self, tokens: Sequence[int], all_logits: bool = False) -> Output:
+        """Commit consecutive tokens, a prompt or a chunk of one, in one pass; taps of every row.
 
-        logits [1, vocab] of the last row, or [rows, vocab] with all_logits. An error leaves the
-        chunks before it committed.
+        logits [1, vocab] of the last row, or [rows, vocab] with all_logits. An error commits
+        nothing.
         """
         assert len(tokens) > 0
-        logits, taps = [], []
-        for start in range(0, len(tokens), chunk):
-            part = np.array(tokens[start : start + chunk], np.int32)
-            this = PromptPass(self.state, len(part))
-            hidden, tapped = self._forward(part, this)
-            last = start + len(part) == len(tokens)
-            if all_logits or last:
-                logits.append(self._logits(hidden if all_logits else hidden[-1:]))
-            evaluate(hidden, tapped, *logits[-1:])
-            self._check_finite(hidden if not logits else logits[-1], part, this)
-            this.commit()
-            self._count(this, slice(None))
-            taps.append(tapped)
-            if on_progress is not None:
-                on_progress(start + len(part), len(tokens))
-        return Output(concatenate(logits), concatenate(taps))
+        rows = np.array(tokens, np.int32)
+        this = PromptPass(self.state, len(rows))
+        hidden, taps = self._forward(rows, this)
+        logits = self._logits(hidden if all_logits else hidden[-1:])
+        evaluate(logits, taps)
+        self._check_finite(logits, rows, this)
+        this.commit()
+        self._count(this, slice(None))
+        return Output(logits, taps)
 
     def verify(self, tree: DraftTree) -> Output:
         """Run all rows of a tree after the committed tokens; commits nothing."""

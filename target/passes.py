@@ -84,9 +84,8 @@ class PromptPass:
     def commit(self) -> None:
         """Make the chunk part of the state."""
         layers = range(len(self._conv))
-        self.state.conv = [contiguous(self._conv[index]) for index in layers]
-        self.state.recurrent = [self._recurrent[index] for index in layers]
-        self.state.advance(self.rows)
+        conv = [contiguous(self._conv[index]) for index in layers]
+        self.state.advance(self.rows, conv, [self._recurrent[index] for index in layers])
 
 
 class TreePass:
@@ -134,10 +133,9 @@ class TreePass:
         assert all(self.tree.parents[row] == above for above, row in pairwise(path))
         state = self.state
         state.keep(path)
-        if self._tapes:
-            layers = range(len(state.conv))
-            # The window of a token after the path's last row, less that token itself.
-            window = state.backend.index(self._windows[path[-1]][1:])
-            state.conv = [concatenate([state.conv[i], self._inputs[i]])[window] for i in layers]
-            state.recurrent = replay(state.recurrent, [self._tapes[i] for i in layers], path)
-        state.advance(len(path))
+        layers = range(len(self._tapes))
+        # The window of a token after the path's last row, less that token itself.
+        window = state.backend.index(self._windows[path[-1]][1:])
+        conv = [concatenate([state.conv[i], self._inputs[i]])[window] for i in layers]
+        recurrent = replay(state.recurrent, [self._tapes[i] for i in layers], path)
+        state.advance(len(path), conv, recurrent)

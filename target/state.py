@@ -62,7 +62,10 @@ class State:
             for buffer in buffers:
                 buffer[:, start:end] = buffer[:, rows]
 
-    def advance(self, rows: int) -> None:
-        """The next `rows` staged tokens are committed; everything of them is evaluated first."""
-        evaluate(*self.keys, *self.values, *self.conv, *self.recurrent)
-        self.length += rows
+    def advance(self, rows: int, conv: list[Array], recurrent: list[Array]) -> None:
+        """The next `rows` staged tokens are committed, with these as the states after them.
+
+        Everything is evaluated first, and then changes at once.
+        """
+        evaluate(*self.keys, *self.values, *conv, *recurrent)
+        self.conv, self.recurrent, self.length = conv, recurrent, self.length + rows

@@ -27,7 +27,7 @@ def attend(
     Returns [heads, rows, dim].
     """
     # Numba compiles strided arrays to other code, which adds in another order.
-    assert keys.flags.c_contiguous and values.flags.c_contiguous
+    assert all(buffer.flags.c_contiguous for buffer in (keys, values))
     queries = np.ascontiguousarray(queries)
     out = np.empty_like(queries)
     scores = np.empty(length + paths.shape[1], np.float32)

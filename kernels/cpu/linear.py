@@ -131,7 +131,7 @@ def _decoder(bits: int, group_size: int) -> Callable[..., None]:
             for i in range(group_size):
                 values[at + i] = np.float32(_code(data, at + i, bits)) * scale + bias
 
-    return {0: dense, 4: four_bits, 8: eight_bits}.get(bits, stream)  # type: ignore[no-any-return]
+    return {0: dense, 4: four_bits, 8: eight_bits}.get(bits, stream)
 
 
 @jit
