@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from specdec import checkpoint as checkpoint_module
 from specdec.checkpoint import Checkpoint
 from specdec.errors import CheckpointError, ExpertReadError, PlanError
+from specdec.target import expert_store as store_module
 from specdec.target.config import TargetConfig
 from specdec.target.expert_cache import ExpertCache, Wave
 from specdec.target.expert_store import ExpertStore
@@ -237,6 +238,16 @@ def test_floats_are_converted_as_mlx_converts(
     assert cache.nbytes == expected
 
 
+def test_conversions_in_pieces_give_the_same(
+    uniform: Opened, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    each = uniform.store.geometry(0).tensors[1].bytes_on_disk  # the scales of one projection
+    monkeypatch.setattr(store_module, "STAGING_BYTES", 3 * each)
+    cache = ExpertCache(uniform.store, (0,), 1, mx.float32)
+    cache.load_pinned()
+    uniform.check(0, Wave(cache.bank(0), np.arange(8), np.arange(8)), mx.float32)
+
+
 def test_pinned_layers_load_whole_with_progress(uniform: Opened, reads: Reads) -> None:
     cache = ExpertCache(uniform.store, (0, 3), 2, mx.bfloat16)
     progress: list[tuple[int, int]] = []
@@ -292,6 +303,25 @@ def test_a_failed_read_leaves_slots_valid_or_empty(
         for wave in cache.waves(2, np.array(sorted(ids), np.int32)):
             uniform.check(2, wave, mx.float32)
         assert sum(one.bytes_read for one in cache.counters()) <= reads.bytes
+
+
+def test_slots_emptied_by_a_failed_read_are_the_first_to_be_filled(
+    uniform: Opened, reads: Reads
+) -> None:
+    cache = ExpertCache(uniform.store, (), 4, mx.float32)
+    list(cache.waves(0, np.array([0, 1])))
+    list(cache.waves(1, np.array([2, 3])))
+    cache.touch(0, np.array([0, 1]))
+    reads.fail_at = reads.calls + 1
+    with pytest.raises(ExpertReadError):
+        list(cache.waves(2, np.array([5, 6])))
+    assert (cache.resident(0).tolist(), cache.resident(1).tolist()) == ([0, 1], [])
+    reads.fail_at = None
+    cache.touch(0, np.array([0]))
+    list(cache.waves(2, np.array([5])))
+    list(cache.waves(3, np.array([7])))
+    held = [cache.resident(layer).tolist() for layer in range(LAYERS)]
+    assert held == [[0, 1], [], [5], [7]]
 
 
 def test_a_file_truncated_while_open_is_a_short_read(tmp_path: Path) -> None:
