@@ -421,3 +421,26 @@ def test_doctor_refuses_a_pair_that_cannot_be(copy):
     config["dflash_config"]["target_layer_ids"] = [0, 99]
     (copy.draft / "config.json").write_text(json.dumps(config))
     assert fails(run("doctor", copy.target, copy.draft), "99")
+
+
+# --- the demo pair
+
+
+def test_without_a_model_the_demo_pair_runs(pair, tmp_path, monkeypatch):
+    monkeypatch.setattr("specdec.demo_pair.TARGET", pair.target)
+    monkeypatch.setattr("specdec.demo_pair.DRAFT", pair.draft)
+    _, document = recorded(tmp_path, "generate", "--max-tokens", "3", "--raw")
+    assert document["prompt"].startswith("import os")
+    assert document["settings"]["budget"] == 6
+    assert list(document["runs"]) == ["speculative"]
+    assert run("inspect").exit_code == 0
+    done = run("bench", "--budgets", "1,2", "--repeat", "1", "--max-tokens", "2", "-q")
+    assert done.exit_code == 0, done.stderr
+    assert "python (" in done.stdout
+    assert "prose (" in done.stdout
+    assert run("doctor", "--positions", "3", "-q").exit_code in (0, 1)
+
+
+def test_an_installation_without_the_demo_pair_says_so(tmp_path, monkeypatch):
+    monkeypatch.setattr("specdec.demo_pair.TARGET", tmp_path)
+    assert fails(run("generate"), str(tmp_path), "demo pair", "--model")
