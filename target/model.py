@@ -138,7 +138,8 @@ class Target:
         hidden, taps = self._forward(rows, this)
         logits = self._logits(hidden if all_logits else hidden[-1:])
         evaluate(logits, taps)
-        self._check_finite(logits, rows, this)
+        # The logits are the last row's alone; the taps, and later the keys, are every row's.
+        self._check_finite((hidden, logits), rows, this)
         this.commit()
         self._count(this, slice(None))
         return Output(logits, taps)
@@ -150,7 +151,7 @@ class Target:
         hidden, taps = self._forward(tree.tokens, this)
         logits = self._logits(hidden)
         evaluate(logits, taps, *this.arrays())
-        self._check_finite(logits, tree.tokens, this)
+        self._check_finite((logits,), tree.tokens, this)
         self._pending = this
         return Output(logits, taps)
 
@@ -189,9 +190,9 @@ class Target:
         """[rows, hidden] -> [rows, vocab]."""
         return linear(rms_norm(hidden, self.norm, self.config.rms_norm_eps), self.head)
 
-    def _check_finite(self, values: Array, tokens: np.ndarray, this: Pass) -> None:
+    def _check_finite(self, found: tuple[Array, ...], tokens: np.ndarray, this: Pass) -> None:
         """Stop on NaN or Inf, saying where it began; nothing of this pass is committed yet."""
-        if all_finite(values):
+        if all(all_finite(values) for values in found):
             return
         self._forward(tokens, this.again(), probe=True)
         raise NonFiniteError("NaN or Inf first appears in the logits (final norm or head)")
