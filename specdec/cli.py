@@ -1,7 +1,8 @@
 """The `specdec` command: its subcommands, and how errors leave it.
 
-Exit codes: 0 done; 1 the runs of a comparison disagree; 2 bad input, said in one line without a
-traceback; 130 interrupted. Anything else is a bug and shows its traceback.
+Exit codes: 0 done; 1 runs that must agree do not, or the doctor found a draft that predicts too
+little; 2 bad input, said in one line without a traceback; 130 interrupted. Anything else is a bug
+and shows its traceback.
 """
 
 from typing import Any

@@ -54,7 +54,8 @@ def bench(**options: Any) -> None:
     from specdec.generation import Request, check_prompt, generate
     from specdec.report import memory_line
 
-    prompts = benchmark.read_prompts(Path(options["prompts"] or PROMPTS))
+    options["prompts"] = options["prompts"] or str(PROMPTS)
+    prompts = benchmark.read_prompts(Path(options["prompts"]))
     budgets: tuple[int, ...] = options["budgets"]
     with record.JsonFile(options["json_path"]) as file:
         tokenizer, room = session.door(options)
