@@ -29,6 +29,7 @@ def swiglu(gate: np.ndarray, up: np.ndarray) -> np.ndarray:
     return out
 
 
+@np.errstate(over="ignore")  # the gate of a very negative number is 0
 def sigmoid_gate(x: np.ndarray, gate: np.ndarray) -> np.ndarray:
     """x [rows, n] * sigmoid(gate), gate [rows, n] or [rows, 1]."""
     return x * (np.float32(1) / (np.float32(1) + np.exp(-gate)))
