@@ -46,11 +46,17 @@ def load(options: Mapping[str, Any], context: int, budget: int, console: Console
     """Load the pair; the plan is printed before."""
     from specdec.load import load as load_pair
 
-    return load_pair(
+    loaded = load_pair(
         settings(options, context, budget),
         on_plan=lambda plan: console.say(plan_text(plan)),
         on_progress=console.progress("loading pinned experts:"),
     )
+    if not loaded.backend.exact:
+        console.note(
+            "note: on this device MLX computes one row and several rows with different kernels; "
+            "the tokens may differ from those of --budget 1 (--compare tells)"
+        )
+    return loaded
 
 
 def plan_text(plan: "MemoryPlan") -> str:
