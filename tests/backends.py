@@ -24,7 +24,8 @@ _NOT_EXACT = pytest.mark.skipif(
 
 needs_numba = _NO_NUMBA
 each_backend = pytest.mark.parametrize(
-    "backend", [pytest.param(REFERENCE, id="reference"), pytest.param(CPU, id="cpu", marks=_NO_NUMBA)]
+    "backend",
+    [pytest.param(REFERENCE, id="reference"), pytest.param(CPU, id="cpu", marks=_NO_NUMBA)],
 )
 # for equality to the bit between a row alone and a row in company
 each_exact_backend = pytest.mark.parametrize(

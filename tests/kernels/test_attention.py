@@ -15,6 +15,7 @@ from tests.backends import Operations, each_backend, each_exact_backend, same_bi
 from tests.kernels.weights import normal
 from tests.trees import path_to, random_parents, trees
 
+Three = tuple[np.ndarray, np.ndarray, np.ndarray]
 LENGTHS = [0, 1, 5, 63, 64, 65, 127, 128, 129, 200]
 # around whole blocks of the reference, and anywhere
 lengths = st.one_of(
@@ -35,7 +36,7 @@ def attention64(queries, keys, values, seen, scale):
     return out
 
 
-def case(rng, heads, kv_heads, dim, length, rows, spare=0):
+def case(rng, heads, kv_heads, dim, length, rows, spare=0) -> Three:
     """Queries, keys, values; the buffers end in `spare` places full of NaN nobody may read."""
     queries = normal(rng, heads, rows, dim)
     keys, values = (normal(rng, kv_heads, length + rows + spare, dim) for _ in range(2))
@@ -123,7 +124,7 @@ def test_a_nan_key_reaches_the_rows_that_see_it_and_no_other(backend, where):
 def test_a_tree_row_has_the_bits_of_decoding_its_path(backend, seed, parents, length, heads, dim):
     rng = np.random.default_rng(seed)
     rows = len(parents)
-    queries, keys, values = case(rng, *heads, dim, length, rows, spare=1)
+    queries, keys, values = case(rng, heads[0], heads[1], dim, length, rows, spare=1)
     scale = dim**-0.5
     y = attend(backend, queries, keys, values, parents, length, scale)
     root = np.array([-1], np.int32)

@@ -74,7 +74,8 @@ def recur64(rows: Rows, state, path):
 def on_tree(backend, rows: Rows, state, parents):
     """y on the host, and the tape as it is."""
     placed = [Operations(backend).place(array) for array in (*rows, state)]
-    y, tape = recur_tree(*placed, TreeLayout(np.asarray(parents, np.int32)))
+    tree = TreeLayout(np.asarray(parents, np.int32))
+    y, tape = recur_tree(*placed, tree=tree)
     return fetch(y), tape
 
 
@@ -133,7 +134,7 @@ def test_the_state_and_the_inputs_are_left_as_they_are(backend):
     rows, state = some_rows(rng, 9, (2, 4, 16, 32))
     on = Operations(backend)
     placed = [on.place(array) for array in (*rows, state)]
-    _, tape = recur_tree(*placed, TreeLayout(random_parents(rng, 9)))
+    _, tape = recur_tree(*placed, tree=TreeLayout(random_parents(rng, 9)))
     replay([placed[-1]], [tape], [0])
     recur_prompt(*placed)
     for array, before in zip(placed, (*rows, state), strict=True):
@@ -243,16 +244,19 @@ def test_keys_have_length_one_and_queries_are_scaled(backend, dim):
 
 
 @each_backend
+@pytest.mark.filterwarnings("error")
 def test_gates(backend):
     rng = np.random.default_rng(0)
     a, b = normal(rng, 30, 8) * 10, normal(rng, 30, 8) * 5
-    a[0], b[0] = 80, -80  # softplus is a itself
+    a[0], b[0], b[1] = 80, -80, 200  # softplus is a itself
+    b[2] = -200
     a_log, dt_bias = np.log(rng.uniform(1, 16, 8)).astype(np.float32), normal(rng, 8)
     log_decay, beta = Operations(backend)(gates, a, b, a_log, dt_bias)
     assert log_decay.dtype == beta.dtype == np.float32
     step = np.logaddexp(a.astype(np.float64) + dt_bias, 0)
     np.testing.assert_allclose(log_decay, -np.exp(a_log.astype(np.float64)) * step, rtol=3e-6)
-    np.testing.assert_allclose(beta, 1 / (1 + np.exp(-b.astype(np.float64))), rtol=1e-5)
+    expected = 1 / (1 + np.exp(-b.astype(np.float64)))
+    np.testing.assert_allclose(beta, expected, rtol=1e-5, atol=1e-37)
 
 
 @each_exact_backend

@@ -67,14 +67,14 @@ def test_a_row_of_linear_has_the_same_bits_in_any_company(backend, packing, seed
 @pytest.mark.parametrize("formats", ["equal", "mixed", "alternating"])
 def test_projections_computed_together_have_the_bits_of_each_alone(backend, formats):
     rng = np.random.default_rng(1)
-    packings = {
+    formats_of: dict[str, list[tuple[int, int] | None]] = {
         "equal": [(4, 64)] * 3,
         "mixed": [(4, 64), (4, 64), (8, 64), None, None],
         "alternating": [(8, 32), (4, 32), (8, 32)],
-    }[formats]
+    }
     weights = [
         some_weight(rng, out, 128, packing=packing)[0].on(backend)
-        for out, packing in zip((24, 8, 5, 3, 16), packings, strict=False)
+        for out, packing in zip((24, 8, 5, 3, 16), formats_of[formats], strict=False)
     ]
     together = Projections(weights)
     assert len(together.matrices) == {"equal": 1, "mixed": 3, "alternating": 3}[formats]

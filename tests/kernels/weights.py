@@ -22,8 +22,8 @@ def packed(rng: np.random.Generator, *shape: int, bits: int, group_size: int) ->
     scales = (rng.uniform(0.5, 2.0, groups) / (1 << bits) / np.sqrt(shape[-1])).astype(np.float32)
     biases = (-scales * (1 << bits) * rng.uniform(0.2, 0.8, groups)).astype(np.float32)
     stream = (codes[..., None] >> np.arange(bits)) & 1  # low bits first
-    words = np.packbits(stream.reshape(*shape[:-1], -1).astype(np.uint8), axis=-1, bitorder="little")
-    data = np.ascontiguousarray(words).view(np.uint32)
+    stream = stream.reshape(*shape[:-1], -1).astype(np.uint8)
+    data = np.ascontiguousarray(np.packbits(stream, axis=-1, bitorder="little")).view(np.uint32)
     each = np.repeat(scales, group_size, axis=-1), np.repeat(biases, group_size, axis=-1)
     matrix = codes * each[0].astype(np.float64) + each[1].astype(np.float64)
     weight = Weight(mx.array(data), mx.array(scales), mx.array(biases), bits, group_size)
