@@ -6,6 +6,7 @@ model_type, attention biases, and values that contradict each other, naming file
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from math import inf
 from typing import Any
 
 from specdec.checkpoint import Checkpoint
@@ -145,6 +146,12 @@ class _Reader:
             raise self.error(f"{key} = {value!r}, expected an integer of at least {minimum}")
         return value
 
+    def positive(self, key: str, default: float) -> float:
+        value = self.text.get(key, default)
+        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < inf:
+            raise self.error(f"{key} = {value!r}, expected a number above 0")
+        return float(value)
+
     def flag(self, key: str, default: bool) -> bool:
         value = self.text.get(key, self.outer.get(key, default))
         if not isinstance(value, bool):
@@ -183,7 +190,7 @@ class _Reader:
             head_dim=head_dim,
             attn_output_gate=hybrid and self.flag("attn_output_gate", True),
             rope=self.rope(head_dim),
-            rms_norm_eps=float(self.text.get("rms_norm_eps", 1e-6)),
+            rms_norm_eps=self.positive("rms_norm_eps", 1e-6),
             tie_word_embeddings=self.flag("tie_word_embeddings", False),
             num_experts=experts,
             top_k=top_k,
@@ -208,7 +215,11 @@ class _Reader:
         if kinds is None:
             interval = self.integer("full_attention_interval", 4)
             return tuple(FULL if (i + 1) % interval == 0 else LINEAR for i in range(layers))
-        if not isinstance(kinds, list) or len(kinds) != layers or set(kinds) - {FULL, LINEAR}:
+        if (
+            not isinstance(kinds, list)
+            or len(kinds) != layers
+            or any(kind not in (FULL, LINEAR) for kind in kinds)
+        ):
             raise self.error(
                 f"layer_types must list {layers} times {FULL!r} or {LINEAR!r}, found {kinds!r}"
             )
@@ -218,6 +229,8 @@ class _Reader:
         if self.family == "qwen3_5_moe":
             return frozenset()
         listed = self.text.get("mlp_only_layers") or []
+        if not isinstance(listed, list) or not all(type(layer) is int for layer in listed):
+            raise self.error(f"mlp_only_layers = {listed!r}, expected a list of layer numbers")
         step = self.integer("decoder_sparse_step", 1)
         return frozenset(i for i in range(layers) if i in listed or (i + 1) % step)
 
