@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 def random_parents(rng: np.random.Generator, rows: int) -> np.ndarray:
     """Parents int32 [rows] of a tree in any valid order: chains, bushes and all between."""
-    reach = rng.integers(1, rows + 1)  # how far back a parent may stand
+    reach = int(rng.integers(1, rows + 1))  # how far back a parent may stand
     parents = [-1, *(int(rng.integers(max(0, row - reach), row)) for row in range(1, rows))]
     return np.array(parents, np.int32)
 

@@ -71,11 +71,12 @@ def recur64(rows: Rows, state, path):
     return np.array(outputs), states
 
 
-def on_tree(backend, rows: Rows, state, parents):
+def on_tree(backend, rows, state, parents):
     """y on the host, and the tape as it is."""
-    placed = [Operations(backend).place(array) for array in (*rows, state)]
+    on = Operations(backend)
     tree = TreeLayout(np.asarray(parents, np.int32))
-    y, tape = recur_tree(*placed, tree=tree)
+    q, k, v, decay, beta = (on.place(array) for array in rows)
+    y, tape = recur_tree(q, k, v, decay, beta, on.place(state), tree)
     return fetch(y), tape
 
 
@@ -134,7 +135,9 @@ def test_the_state_and_the_inputs_are_left_as_they_are(backend):
     rows, state = some_rows(rng, 9, (2, 4, 16, 32))
     on = Operations(backend)
     placed = [on.place(array) for array in (*rows, state)]
-    _, tape = recur_tree(*placed, tree=TreeLayout(random_parents(rng, 9)))
+    q, k, v, decay, beta, committed = placed
+    tree = TreeLayout(random_parents(rng, 9))
+    _, tape = recur_tree(q, k, v, decay, beta, committed, tree)
     replay([placed[-1]], [tape], [0])
     recur_prompt(*placed)
     for array, before in zip(placed, (*rows, state), strict=True):
