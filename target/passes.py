@@ -70,7 +70,8 @@ class PromptPass:
 
     def convolve(self, index: int, x: Array, weight: Array) -> Array:
         state = self.state.conv[index]
-        self._conv[index] = concatenate([state, x])[self.rows :]
+        # Only these rows: a slice would keep the chunk's array until the commit.
+        self._conv[index] = contiguous(concatenate([state, x])[self.rows :])
         return convolve_prompt(x, state, weight)
 
     def recur(
@@ -84,7 +85,7 @@ class PromptPass:
     def commit(self) -> None:
         """Make the chunk part of the state."""
         layers = range(len(self._conv))
-        conv = [contiguous(self._conv[index]) for index in layers]
+        conv = [self._conv[index] for index in layers]
         self.state.advance(self.rows, conv, [self._recurrent[index] for index in layers])
 
 

@@ -8,6 +8,7 @@ import math
 
 import numpy as np
 
+from specdec.kernels.cpu.dots import STEP, store_dot, store_four_dots
 from specdec.kernels.cpu.jit import jit
 
 
@@ -30,36 +31,56 @@ def attend(
     assert all(buffer.flags.c_contiguous for buffer in (keys, values))
     queries = np.ascontiguousarray(queries)
     out = np.empty_like(queries)
-    scores = np.empty(length + paths.shape[1], np.float32)
-    _attend(queries, keys, values, length, paths, depths, np.float32(scale), scores, out)
+    _attend(queries, keys, values, length, paths, depths, np.float32(scale), out)
     return out
 
 
 @jit
-def _attend(queries, keys, values, length, paths, depths, scale, scores, out):  # type: ignore[no-untyped-def]
+def _attend(queries, keys, values, length, paths, depths, scale, out):  # type: ignore[no-untyped-def]
     heads, rows, dim = queries.shape
     group = heads // keys.shape[0]
-    for head in range(heads):
-        kv = head // group
-        for row in range(rows):
-            seen = length + depths[row] + 1
+    whole = dim % STEP == 0
+    places = np.arange(length + paths.shape[1])
+    scores = np.empty((len(places), 1), np.float32)
+    total = np.empty(dim, np.float32)
+    for row in range(rows):
+        seen = length + depths[row] + 1
+        for depth in range(depths[row] + 1):
+            places[length + depth] = length + paths[row, depth]
+        for head in range(heads):
+            rows_of_keys, rows_of_values = keys[head // group], values[head // group]
+            query = queries[head, row]
+            position = 0
+            if whole:
+                while position + 4 <= seen:
+                    store_four_dots(query, rows_of_keys, places, position, scores, 0)
+                    position += 4
+                while position < seen:
+                    store_dot(query, rows_of_keys, places, position, scores, 0)
+                    position += 1
+            else:
+                for at in range(seen):
+                    scores[at, 0] = _dot(query, rows_of_keys[places[at]])
             peak = np.float32(-np.inf)
-            for position in range(seen):
-                place = position if position < length else length + paths[row, position - length]
-                score = np.float32(0)
-                for i in range(dim):
-                    score += queries[head, row, i] * keys[kv, place, i]
-                score *= scale
-                scores[position] = score
-                peak = max(peak, score)
-            total = np.float32(0)
+            for at in range(seen):
+                scores[at, 0] *= scale
+                peak = max(peak, scores[at, 0])
+            sum_of_weights = np.float32(0)
             for i in range(dim):
-                out[head, row, i] = 0
-            for position in range(seen):
-                place = position if position < length else length + paths[row, position - length]
-                weight = np.float32(math.exp(scores[position] - peak))
-                total += weight
+                total[i] = 0
+            for at in range(seen):
+                weight = np.float32(math.exp(scores[at, 0] - peak))
+                sum_of_weights += weight
+                value = rows_of_values[places[at]]
                 for i in range(dim):
-                    out[head, row, i] += weight * values[kv, place, i]
+                    total[i] += weight * value[i]
             for i in range(dim):
-                out[head, row, i] /= total
+                out[head, row, i] = total[i] / sum_of_weights
+
+
+@jit
+def _dot(a, b):  # type: ignore[no-untyped-def]
+    total = np.float32(0)
+    for i in range(len(a)):
+        total += a[i] * b[i]
+    return total

@@ -28,14 +28,13 @@ def normalize_keys(queries: np.ndarray, keys: np.ndarray) -> tuple[np.ndarray, n
     return out
 
 
-@np.errstate(over="ignore", invalid="ignore")  # saturates; the logits' check sees NaN
 def gates(
     a: np.ndarray, b: np.ndarray, a_log: np.ndarray, dt_bias: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """log g = -exp(A_log) softplus(a + dt_bias), and beta = sigmoid(b)."""
-    one = np.float32(1)
-    log_decay = -np.exp(a_log) * np.logaddexp(a + dt_bias, np.float32(0))
-    return log_decay, one / (one + np.exp(-b))
+    log_decay, beta = np.empty(a.shape, np.float32), np.empty(b.shape, np.float32)
+    _gates(np.ascontiguousarray(a), np.ascontiguousarray(b), a_log, dt_bias, log_decay, beta)
+    return log_decay, beta
 
 
 def recur(
@@ -54,18 +53,12 @@ def recur(
     Returns y [rows, heads, value_dim] and the state after the last row.
     """
     out = np.empty(values.shape, np.float32)
+    # In memory a state lies by key features: sums over them then run over whole vectors. States
+    # made here keep that layout, behind the usual shape.
+    state = np.ascontiguousarray(state.swapaxes(1, 2))
     last = np.empty_like(state)
-    # A chain needs room for two states, and not for one: updated in place, the compiled loop would
-    # take its path for overlapping memory, which adds in another order.
-    chain = bool((parents == np.arange(-1, len(parents) - 1)).all())
-    scratch = np.empty((2 if chain else len(parents), *state.shape[1:]), np.float32)
-    values, decay, beta = (
-        np.ascontiguousarray(values),
-        np.exp(log_decay),
-        np.ascontiguousarray(beta),
-    )
-    _recur(queries, keys, values, decay, beta, state, parents, chain, scratch, out, last)
-    return out, last
+    _recur(queries, keys, np.ascontiguousarray(values), log_decay, beta, state, parents, out, last)
+    return out, last.swapaxes(1, 2)
 
 
 @jit
@@ -100,28 +93,52 @@ def _normalize(queries, keys, out_queries, out_keys):  # type: ignore[no-untyped
 
 
 @jit
-def _recur(queries, keys, values, decay, beta, state, parents, chain, scratch, out, last):  # type: ignore[no-untyped-def]
+def _gates(a, b, a_log, dt_bias, log_decay, beta):  # type: ignore[no-untyped-def]
+    for row in range(a.shape[0]):
+        for head in range(a.shape[1]):
+            x = a[row, head] + dt_bias[head]
+            # log(1 + exp(x)), without overflow
+            softplus = max(x, np.float32(0)) + math.log1p(math.exp(-abs(x)))
+            log_decay[row, head] = -math.exp(a_log[head]) * softplus
+            beta[row, head] = 1 / (1 + math.exp(-b[row, head]))
+
+
+@jit
+def _recur(queries, keys, values, log_decay, beta, state, parents, out, last):  # type: ignore[no-untyped-def]
     rows, heads, value_dim = values.shape
     key_dim = keys.shape[2]
     repeats = heads // keys.shape[1]
+    # A parent's state is needed as long as it has children to come: all are kept in a tree, while
+    # a chain of any length needs room for two.
+    chain = True
+    for row in range(rows):
+        chain = chain and parents[row] == row - 1
+    states = np.empty((2 if chain else rows, key_dim, value_dim), np.float32)
+    delta = np.empty(value_dim, np.float32)
+    y = np.empty(value_dim, np.float32)
     for head in range(heads):
         key_head = head // repeats
         for row in range(rows):
             parent = parents[row]
-            place = row & 1 if chain else row
-            above = parent & 1 if chain else parent
-            fade, write = decay[row, head], beta[row, head]
+            target = states[row & 1 if chain else row]
+            source = state[head] if parent < 0 else states[parent & 1 if chain else parent]
+            fade = math.exp(log_decay[row, head])
             for v in range(value_dim):
-                source = state[head, v] if parent < 0 else scratch[above, v]
-                target = scratch[place, v]
-                read = np.float32(0)
-                for k in range(key_dim):
-                    target[k] = source[k] * fade
-                    read += target[k] * keys[row, key_head, k]
-                delta = (values[row, head, v] - read) * write
-                y = np.float32(0)
-                for k in range(key_dim):
-                    target[k] += delta * keys[row, key_head, k]
-                    y += target[k] * queries[row, key_head, k]
-                out[row, head, v] = y
-        last[head] = scratch[(rows - 1) & 1 if chain else rows - 1]
+                delta[v] = 0
+                y[v] = 0
+            for k in range(key_dim):
+                key = keys[row, key_head, k]
+                for v in range(value_dim):
+                    target[k, v] = source[k, v] * fade
+                    delta[v] += target[k, v] * key
+            for v in range(value_dim):
+                delta[v] = (values[row, head, v] - delta[v]) * beta[row, head]
+            for k in range(key_dim):
+                key = keys[row, key_head, k]
+                query = queries[row, key_head, k]
+                for v in range(value_dim):
+                    target[k, v] += delta[v] * key
+                    y[v] += target[k, v] * query
+            for v in range(value_dim):
+                out[row, head, v] = y[v]
+        last[head] = states[(rows - 1) & 1 if chain else rows - 1]

@@ -29,10 +29,20 @@ def swiglu(gate: np.ndarray, up: np.ndarray) -> np.ndarray:
     return out
 
 
-@np.errstate(over="ignore")  # the gate of a very negative number is 0
 def sigmoid_gate(x: np.ndarray, gate: np.ndarray) -> np.ndarray:
     """x [rows, n] * sigmoid(gate), gate [rows, n] or [rows, 1]."""
-    return x * (np.float32(1) / (np.float32(1) + np.exp(-gate)))
+    out = np.empty(x.shape, np.float32)
+    _sigmoid_gate(np.ascontiguousarray(x), np.ascontiguousarray(gate), out)
+    return out
+
+
+@jit
+def _sigmoid_gate(x, gate, out):  # type: ignore[no-untyped-def]
+    wide = gate.shape[1] > 1
+    for row in range(x.shape[0]):
+        for i in range(x.shape[1]):
+            value = gate[row, i if wide else 0]
+            out[row, i] = x[row, i] / (np.float32(1) + math.exp(-value))
 
 
 @jit
