@@ -44,7 +44,7 @@ class Result:
     text: their text without the end token and from the stop string on.
     finish: "eos", "stop", "length", "context" or "interrupted".
     rounds: every round that was run; the last may hold tokens beyond the end.
-    seconds_to_first_token: from the request on, prefill included.
+    seconds_to_first_token: from the request on, prefill included; to the interrupt if none came.
     decode_seconds: from the first token to the end.
     experts: expert traffic of this request, prefill included.
     """
@@ -83,7 +83,7 @@ def generate(
     engine.target.experts.reset_counters()
     rounds: list[Round] = []
     prefill, finish = Prefill(None, len(request.prompt_tokens), 0.0), None
-    start = first = perf_counter()
+    start, first = perf_counter(), None
     try:
         prefill = engine.prefill(request.prompt_tokens, request.budget > 1, on_progress)
         first = perf_counter()
@@ -94,6 +94,8 @@ def generate(
             finish = writer.emit(rounds[-1].tokens)
     except KeyboardInterrupt:
         finish = "interrupted"
+    end = perf_counter()
+    first = end if first is None else first
     writer.flush()
     if finish == "length" and len(writer.tokens) < request.max_tokens:
         finish = "context"
@@ -104,7 +106,7 @@ def generate(
         prefill=prefill,
         rounds=tuple(rounds),
         seconds_to_first_token=first - start,
-        decode_seconds=perf_counter() - first,
+        decode_seconds=end - first,
         experts=engine.target.experts.counters(),
     )
 
