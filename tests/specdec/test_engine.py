@@ -22,8 +22,8 @@ from specdec.engine import Engine
 from specdec.errors import ExpertReadError, SpecdecError
 from specdec.tree.build import KINDS
 from tests.backends import CPU, each_backend, each_exact_backend, needs_numba
-from tests.checkpoints import FAMILIES, write_checkpoint
 from tests.cheating import ERRORS, HOPELESS, PERFECT, CheatingDraft
+from tests.checkpoints import FAMILIES, write_checkpoint
 from tests.drafts import write_draft
 from tests.targets import load_target, state_bytes
 
