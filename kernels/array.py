@@ -72,7 +72,7 @@ class Backend:
         return np.asarray(values) if self.name == "cpu" else mx.array(np.asarray(values))
 
 
-def choose_backend(dtype: mx.Dtype | None = None) -> Backend:
+def choose_backend(dtype: mx.Dtype = mx.bfloat16) -> Backend:
     """The backend for this machine; SPECDEC_KERNELS forces one and fails if it cannot be had.
 
     dtype: of the checkpoint's floats, used on a GPU; on a CPU activations are float32, where
