@@ -53,7 +53,7 @@ class CheatingDraft:
             if place < len(self.truth):
                 right = self.truth[place]
                 ids = ids[ids != right]
-                rank = self.ranks[rng.integers(len(self.ranks))]
+                rank = self.ranks[int(rng.integers(len(self.ranks)))]
                 if rank is not None and rank < width:
                     ids = np.insert(ids, rank, right)
             tokens[slot] = ids[:width]

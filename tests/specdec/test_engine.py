@@ -250,7 +250,7 @@ def test_an_error_amid_a_round_leaves_the_session_usable(
     truth = truth_of(target, PROMPT, 30)
     engine = cheating(target, truth, PROMPT)
     assert engine.draft is not None
-    tokens = [engine.prefill(PROMPT).token, *engine.step(6).tokens]
+    tokens: list[Any] = [engine.prefill(PROMPT).token, *engine.step(6).tokens]
     before = state_bytes(target)
 
     def stumble(*_):
@@ -269,7 +269,7 @@ def test_an_error_amid_a_round_leaves_the_session_usable(
         with pytest.raises(error):
             engine.step(6)
     if where == "tell":  # the round was committed; only the draft does not know of it yet
-        tokens = truth[: target.length - len(PROMPT) + 1]
+        tokens = [*truth[: target.length - len(PROMPT) + 1]]
     else:
         assert state_bytes(target) == before
     while len(tokens) < 20:
