@@ -14,6 +14,7 @@ import numpy as np
 
 from specdec.engine import Engine
 from specdec.errors import PromptError
+from specdec.interrupt import Interrupts
 from specdec.round import Prefill, Round
 from specdec.stops import StopScanner
 from specdec.target.expert_cache import LayerCounters
@@ -84,16 +85,24 @@ def generate(
     rounds: list[Round] = []
     prefill, finish = Prefill(None, len(request.prompt_tokens), 0.0), None
     start, first = perf_counter(), None
-    try:
-        prefill = engine.prefill(request.prompt_tokens, request.budget > 1, on_progress)
-        first = perf_counter()
-        assert prefill.token is not None
-        finish = writer.emit((prefill.token,))
-        while finish is None:
-            rounds.append(engine.step(request.budget, request.tree))
-            finish = writer.emit(rounds[-1].tokens)
-    except KeyboardInterrupt:
-        finish = "interrupted"
+    with Interrupts() as interrupts:
+
+        def progress(done: int, total: int) -> None:
+            interrupts.check()
+            if on_progress is not None:
+                on_progress(done, total)
+
+        try:
+            prefill = engine.prefill(request.prompt_tokens, request.budget > 1, progress)
+            first = perf_counter()
+            assert prefill.token is not None
+            finish = writer.emit((prefill.token,))
+            while finish is None:
+                interrupts.check()
+                rounds.append(engine.step(request.budget, request.tree))
+                finish = writer.emit(rounds[-1].tokens)
+        except KeyboardInterrupt:
+            finish = "interrupted"
     end = perf_counter()
     first = end if first is None else first
     writer.flush()

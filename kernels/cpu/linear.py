@@ -58,8 +58,13 @@ def _one_group(rows: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 @cache
 def _kernel(bits: int, group_size: int) -> Callable[..., None]:
-    """`grouped` for one packing; bits 0 is dense."""
-    decode = _decoder(bits, group_size)
+    """`grouped` for one packing; bits 0 is dense.
+
+    Closes over numbers alone: Numba's cache on disk knows a closure by its values, and a compiled
+    function among them would be another one in every process. The trip counts of the decoding
+    loops must be constants for the compiler to vectorize them.
+    """
+    half_group = group_size // 2
 
     @jit
     def kernel(x, data, scales, biases, slots, ends, rows, out):  # type: ignore[no-untyped-def]
@@ -76,10 +81,31 @@ def _kernel(bits: int, group_size: int) -> Callable[..., None]:
                 for i in range(size):
                     inputs[row, i] = x[row, i]
         values = np.zeros(padded, np.float32)
+        # As arrays of their own: two places in one array might overlap, for all the compiler knows.
+        low, high = values[:half], values[half:]
         for part in range(len(slots)):
             slot = slots[part]
             for feature in range(data.shape[1]):
-                decode(data[slot, feature], scales[slot, feature], biases[slot, feature], values)
+                codes = data[slot, feature]
+                if bits == 0:
+                    for i in range(size):
+                        values[i] = codes[i]
+                for group in range(scales.shape[2]):
+                    scale = scales[slot, feature, group]
+                    bias = biases[slot, feature, group]
+                    at = group * (half_group if bits == 4 else group_size)
+                    if bits == 4:
+                        for i in range(half_group):
+                            byte = codes[at + i]
+                            low[at + i] = np.float32(np.int32(byte & 15)) * scale + bias
+                            high[at + i] = np.float32(np.int32(byte >> 4)) * scale + bias
+                    elif bits == 8:
+                        for i in range(group_size):
+                            values[at + i] = np.float32(np.int32(codes[at + i])) * scale + bias
+                    elif bits > 0:
+                        for i in range(group_size):
+                            code = np.float32(_code(codes, at + i, bits))
+                            values[at + i] = code * scale + bias
                 pair, end = ends[part], ends[part + 1]
                 while pair + 4 <= end:
                     store_four_dots(values, inputs, rows, pair, out, feature)
@@ -91,47 +117,6 @@ def _kernel(bits: int, group_size: int) -> Callable[..., None]:
                     store_dot(values, inputs, rows, pair, out, feature)
 
     return kernel
-
-
-def _decoder(bits: int, group_size: int) -> Callable[..., None]:
-    """One weight row to float32: decode(data, scales, biases, values).
-
-    Each packing has a function of its own with constant trip counts: both are needed for the
-    compiler to vectorize it.
-    """
-    half_group = group_size // 2
-
-    @jit
-    def dense(data, scales, biases, values):  # type: ignore[no-untyped-def]
-        for i in range(len(data)):
-            values[i] = data[i]
-
-    @jit
-    def four_bits(data, scales, biases, values):  # type: ignore[no-untyped-def]
-        # As arrays of their own: two places in one array might overlap, for all the compiler knows.
-        low, high = values[: len(data)], values[len(data) :]
-        for group in range(len(scales)):
-            scale, bias, at = scales[group], biases[group], group * half_group
-            for i in range(half_group):
-                byte = data[at + i]
-                low[at + i] = np.float32(np.int32(byte & 15)) * scale + bias
-                high[at + i] = np.float32(np.int32(byte >> 4)) * scale + bias
-
-    @jit
-    def eight_bits(data, scales, biases, values):  # type: ignore[no-untyped-def]
-        for group in range(len(scales)):
-            scale, bias, at = scales[group], biases[group], group * group_size
-            for i in range(group_size):
-                values[at + i] = np.float32(np.int32(data[at + i])) * scale + bias
-
-    @jit
-    def stream(data, scales, biases, values):  # type: ignore[no-untyped-def]
-        for group in range(len(scales)):
-            scale, bias, at = scales[group], biases[group], group * group_size
-            for i in range(group_size):
-                values[at + i] = np.float32(_code(data, at + i, bits)) * scale + bias
-
-    return {0: dense, 4: four_bits, 8: eight_bits}.get(bits, stream)
 
 
 @jit

@@ -1,0 +1,57 @@
+"""Ctrl-C while a text is generated: noted first, raised by `check`, at once the second time."""
+
+import os
+import signal
+import threading
+
+import pytest
+
+from specdec.interrupt import Interrupts
+
+
+def ctrl_c():
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_the_first_ctrl_c_waits_for_check():
+    done = []
+    with Interrupts() as interrupts:
+        interrupts.check()
+        ctrl_c()
+        done.append("the round goes on")
+        with pytest.raises(KeyboardInterrupt):
+            interrupts.check()
+    assert done
+
+
+def test_the_second_one_does_not_wait():
+    with Interrupts():
+        ctrl_c()
+        with pytest.raises(KeyboardInterrupt):
+            ctrl_c()
+
+
+def test_the_handler_from_before_is_back_afterwards():
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(ValueError, match="inside"), Interrupts():
+        assert signal.getsignal(signal.SIGINT) is not before
+        raise ValueError("inside")
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_other_threads_have_no_signals_and_work_all_the_same():
+    failures = []
+
+    def run():
+        try:
+            with Interrupts() as interrupts:
+                interrupts.check()
+        except BaseException as error:
+            failures.append(error)
+
+    before = signal.getsignal(signal.SIGINT)
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    assert failures == []
+    assert signal.getsignal(signal.SIGINT) is before
