@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -44,8 +45,8 @@ def reads(monkeypatch):
 
 
 def settings(pair: Pair, **changes) -> Settings:
-    options = {"model": str(pair.target), "draft": str(pair.draft), "context": 256, **changes}
-    return Settings(**options)  # type: ignore[arg-type]
+    options: dict[str, Any] = {"model": str(pair.target), "draft": str(pair.draft)}
+    return Settings(**{**options, "context": 256, **changes})
 
 
 def open_files() -> int:
