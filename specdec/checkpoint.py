@@ -132,6 +132,15 @@ class Checkpoint:
             )
         return info
 
+    def floats(self, name: str, shape: tuple[int, ...] | None = None) -> TensorInfo:
+        """`info` of a tensor that must hold floating-point numbers."""
+        info = self.info(name, shape)
+        if info.dtype not in FLOATS:
+            raise CheckpointError(
+                f"{info.file}: tensor {name} is {info.dtype}, expected one of {', '.join(FLOATS)}"
+            )
+        return info
+
     def quantization(self, path: str, in_features: int) -> Quantization | None:
         """How the weight of a module is packed, None when it is dense; no data is read.
 

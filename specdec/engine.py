@@ -11,6 +11,7 @@ import numpy as np
 from specdec.choose import greedy
 from specdec.draft.model import Draft
 from specdec.errors import SpecdecError
+from specdec.interrupt import Interrupts
 from specdec.kernels.array import Array
 from specdec.round import PhaseSeconds, Prefill, Round
 from specdec.target.model import Target
@@ -76,9 +77,10 @@ class Engine:
         output = self.target.verify(tree)
         path, bonus = walk(tree, self.choose(output.logits))
         times.append(perf_counter())
-        self.target.commit(path)
-        self._bonus = bonus
-        self._tell_draft(output.taps[self.target.backend.index(path)])
+        with Interrupts():  # a round is committed as a whole or not at all
+            self.target.commit(path)
+            self._bonus = bonus
+            self._tell_draft(output.taps[self.target.backend.index(path)])
         times.append(perf_counter())
         draft, built, verify, commit = np.diff(times).tolist()
         return Round(tree, path, bonus, PhaseSeconds(draft, built, verify, commit))
@@ -87,7 +89,7 @@ class Engine:
         if self.draft is None or not self._drafting:
             raise SpecdecError(f"budget {budget} needs a draft model; budget 1 does not")
         assert self._bonus is not None
-        if self._untold is not None:  # the last round was interrupted after its commit
+        if self._untold is not None:  # the last round failed after its commit
             self._tell_draft(self._untold)
         assert self.draft.length == self.target.length
         return self.draft.propose(self._bonus, budget)

@@ -17,6 +17,7 @@ from specdec.errors import PromptError
 from specdec.interrupt import Interrupts
 from specdec.round import Prefill, Round
 from specdec.stops import StopScanner
+from specdec.target.config import TargetConfig
 from specdec.target.expert_cache import LayerCounters
 from specdec.tokenizer import Tokenizer
 
@@ -78,7 +79,7 @@ def generate(
     PromptError for an empty prompt and for one that leaves no room in the model's context.
     """
     context = engine.target.config.max_position
-    check_prompt(request.prompt_tokens, context)
+    check_prompt(request.prompt_tokens, engine.target.config)
     room = context - len(request.prompt_tokens)
     writer = _Writer(tokenizer, request, min(request.max_tokens, room), on_text)
     engine.target.experts.reset_counters()
@@ -101,6 +102,7 @@ def generate(
                 interrupts.check()
                 rounds.append(engine.step(request.budget, request.tree))
                 finish = writer.emit(rounds[-1].tokens)
+            interrupts.check()
         except KeyboardInterrupt:
             finish = "interrupted"
     end = perf_counter()
@@ -120,14 +122,20 @@ def generate(
     )
 
 
-def check_prompt(tokens: Sequence[int], context: int) -> None:
-    """PromptError unless the prompt has a token and leaves room for one more."""
+def check_prompt(tokens: Sequence[int], config: TargetConfig) -> None:
+    """PromptError unless the prompt has a token, leaves room for one more in the model's context,
+    and all its tokens are in the model's vocabulary."""
     if not tokens:
         raise PromptError("the prompt is empty: expected at least one token")
-    if len(tokens) >= context:
+    if len(tokens) >= config.max_position:
         raise PromptError(
-            f"the prompt has {len(tokens)} tokens; the model's context is {context}, "
+            f"the prompt has {len(tokens)} tokens; the model's context is {config.max_position}, "
             "and at least one token must fit after the prompt"
+        )
+    if max(tokens) >= config.vocab_size:
+        raise PromptError(
+            f"the prompt has the token {max(tokens)}; the model's vocabulary ends at "
+            f"{config.vocab_size - 1}: its tokenizer.json belongs to another model"
         )
 
 

@@ -2,7 +2,8 @@
 
 A KeyboardInterrupt may rise between any two instructions: inside a commit, or inside a compiler
 callback, which turns it into another error. So while a text is generated the first Ctrl-C is only
-noted, and `check` raises it where nothing is half done. The second one rises at once.
+noted, and `check` raises it where nothing is half done. The second one rises at once. What nobody
+checked goes to the handler from before when the context ends, another Interrupts for instance.
 """
 
 import signal
@@ -31,10 +32,13 @@ class Interrupts:
     ) -> None:
         if self._here:
             signal.signal(signal.SIGINT, self._before)
+            if self._noted and error is None and callable(self._before):
+                self._before(signal.SIGINT, None)
 
     def check(self) -> None:
-        """Raise the KeyboardInterrupt that was noted, if one was."""
+        """Raise the KeyboardInterrupt that was noted, if one was; once."""
         if self._noted:
+            self._noted = False
             raise KeyboardInterrupt
 
     def _note(self, number: int, frame: FrameType | None) -> None:

@@ -22,7 +22,6 @@ from specdec.hub import resolve
 from specdec.kernels.array import Backend, choose_backend
 from specdec.memory import resident_bytes
 from specdec.plan import COMPILER_BYTES, KEPT_BYTES, MemoryPlan, make_plan
-from specdec.shards import FLOATS
 from specdec.target.config import TargetConfig
 from specdec.target.expert_cache import ExpertCache
 from specdec.target.expert_store import ExpertStore
@@ -131,19 +130,19 @@ def _open(settings: Settings, stack: ExitStack) -> _Headers:
 
 def _backend(checkpoint: Checkpoint, config: TargetConfig) -> Backend:
     """The backend for this machine, in the checkpoint's float dtype where that is kept."""
-    dtype = checkpoint.info(f"{config.prefix}norm.weight").dtype
-    assert dtype in FLOATS, f"norm.weight is {dtype}"
+    dtype = checkpoint.floats(f"{config.prefix}norm.weight").dtype
     return choose_backend(mx.float32 if dtype == "F32" else mx.bfloat16)
 
 
 def _plan(found: _Headers, settings: Settings) -> MemoryPlan:
     memory = settings.memory_gb
+    context = min(settings.context, found.config.max_position)
     return make_plan(
         found.store,
         found.draft,
         Sizes(
-            prompt=settings.context,
-            context=settings.context,
+            prompt=context,
+            context=context,
             chunk=settings.prefill_chunk,
             budget=settings.budget,
             dtype=found.backend.dtype,

@@ -126,7 +126,7 @@ class _Reader:
             raise CheckpointError(f"{source}: text_config is not an object")
         self.text = text
         for name in (model_type, text.get("model_type")):
-            if name in FAMILIES:
+            if isinstance(name, str) and name in FAMILIES:
                 self.family = FAMILIES[name]
                 break
         else:
@@ -166,6 +166,8 @@ class _Reader:
         activation = self.text.get("hidden_act", "silu")
         if activation != "silu":
             raise self.error(f"hidden_act = {activation!r}, expected 'silu'")
+        if self.flag("use_sliding_window", False):
+            raise self.error("use_sliding_window = true is not supported")
         hidden = self.integer("hidden_size")
         heads = self.integer("num_attention_heads")
         kv_heads = self.integer("num_key_value_heads", heads)
@@ -183,7 +185,7 @@ class _Reader:
             head_prefix="language_model." if self.family == "qwen3_5_moe" else "",
             hidden_size=hidden,
             num_layers=layers,
-            layer_types=self.layer_types(layers) if hybrid else (FULL,) * layers,
+            layer_types=self.layer_types(layers, (FULL, LINEAR) if hybrid else (FULL,)),
             vocab_size=self.integer("vocab_size"),
             num_heads=heads,
             num_kv_heads=kv_heads,
@@ -210,18 +212,21 @@ class _Reader:
         silent = {} if self.family == "qwen3_moe" else {"partial_rotary_factor": 0.25}
         return RopeConfig.from_config({**silent, **self.text}, head_dim, self.source)
 
-    def layer_types(self, layers: int) -> tuple[str, ...]:
+    def layer_types(self, layers: int, known: tuple[str, ...]) -> tuple[str, ...]:
         kinds = self.text.get("layer_types")
+        if kinds is None and LINEAR not in known:
+            return (FULL,) * layers
         if kinds is None:
             interval = self.integer("full_attention_interval", 4)
             return tuple(FULL if (i + 1) % interval == 0 else LINEAR for i in range(layers))
         if (
             not isinstance(kinds, list)
             or len(kinds) != layers
-            or any(kind not in (FULL, LINEAR) for kind in kinds)
+            or any(kind not in known for kind in kinds)
         ):
             raise self.error(
-                f"layer_types must list {layers} times {FULL!r} or {LINEAR!r}, found {kinds!r}"
+                f"layer_types must list {layers} times {' or '.join(map(repr, known))}, "
+                f"found {kinds!r}"
             )
         return tuple(kinds)
 

@@ -25,5 +25,6 @@ class Tensors:
         return Weight.load(self.checkpoint, f"{self.prefix}{name}", out, in_features, self.backend)
 
     def array(self, name: str, shape: tuple[int, ...], dtype: mx.Dtype | None = None) -> Array:
-        """The tensor `name`, cast to `dtype` or the backend's."""
+        """The floating-point tensor `name`, cast to `dtype` or the backend's."""
+        self.checkpoint.floats(f"{self.prefix}{name}")
         return self.backend.load(self.checkpoint, f"{self.prefix}{name}", shape, dtype)

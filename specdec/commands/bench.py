@@ -58,11 +58,11 @@ def bench(**options: Any) -> None:
     prompts = benchmark.read_prompts(Path(options["prompts"]))
     budgets: tuple[int, ...] = options["budgets"]
     with record.JsonFile(options["json_path"]) as file:
-        tokenizer, room = session.door(options)
+        tokenizer, config = session.door(options)
         tokens = {prompt.id: tuple(tokenizer.encode(prompt.text)) for prompt in prompts}
         for name, ids in tokens.items():
             try:
-                check_prompt(ids, room)
+                check_prompt(ids, config)
             except PromptError as error:
                 raise PromptError(f"prompt {name!r}: {error}") from error
         context = max(map(len, tokens.values())) + options["max_tokens"]

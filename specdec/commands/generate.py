@@ -63,9 +63,9 @@ def generate(**options: Any) -> None:
     from specdec.generation import Request, check_prompt
 
     with record.JsonFile(options["json_path"]) as file:
-        tokenizer, context = session.door(options)
+        tokenizer, config = session.door(options)
         text, tokens = _encode(tokenizer, prompt, options)
-        check_prompt(tokens, context)
+        check_prompt(tokens, config)
         loaded = session.load(options, len(tokens) + options["max_tokens"], budget, console)
         request = Request(
             prompt_tokens=tokens,

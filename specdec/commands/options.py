@@ -30,7 +30,7 @@ def memory_options(command: Command) -> Command:
         ),
         click.option(
             "--memory-gb",
-            type=click.FloatRange(min=0, min_open=True),
+            type=click.FloatRange(min=0, max=1e6, min_open=True),
             callback=_finite,
             metavar="GB",
             help="Cap of the memory plan; a plan that does not fit is refused.",

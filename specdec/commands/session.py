@@ -10,6 +10,7 @@ from specdec.units import table
 if TYPE_CHECKING:
     from specdec.load import Loaded, Settings
     from specdec.plan import MemoryPlan
+    from specdec.target.config import TargetConfig
     from specdec.tokenizer import Tokenizer
 
 
@@ -29,8 +30,8 @@ def settings(options: Mapping[str, Any], context: int, budget: int) -> "Settings
     )
 
 
-def door(options: Mapping[str, Any]) -> "tuple[Tokenizer, int]":
-    """What prompts are checked with before anything is loaded: tokenizer, and context in tokens."""
+def door(options: Mapping[str, Any]) -> "tuple[Tokenizer, TargetConfig]":
+    """What prompts are checked with before anything is loaded."""
     from specdec.load import folders
     from specdec.shards import read_json
     from specdec.target.config import TargetConfig
@@ -39,7 +40,7 @@ def door(options: Mapping[str, Any]) -> "tuple[Tokenizer, int]":
     target, _ = folders(settings(options, 1, 1))
     path = target / "config.json"
     config = TargetConfig.from_dict(read_json(path), str(path))
-    return Tokenizer.open(target), config.max_position
+    return Tokenizer.open(target), config
 
 
 def load(options: Mapping[str, Any], context: int, budget: int, console: Console) -> "Loaded":

@@ -25,6 +25,7 @@ from tests.results import chain
 from tests.targets import load_target
 
 EOS, OTHER_EOS = 319, 317
+VOCABULARY = 1000
 PROMPT = (1, 2, 3)
 TEXTS = ["", "plain", "stop and go", "a\u00e9\u20ac\U0001f600z", "aab aab", "\u20ac\u20ac"]
 
@@ -43,7 +44,7 @@ class Script:
     def __init__(self, tokens, sizes=(1,), interrupt=None, context=1000) -> None:
         self.tokens, self.sizes, self.interrupt = list(tokens), sizes, interrupt
         experts = SimpleNamespace(reset_counters=lambda: None, counters=lambda: ())
-        config = SimpleNamespace(max_position=context)
+        config = SimpleNamespace(max_position=context, vocab_size=VOCABULARY)
         self.target = SimpleNamespace(config=config, experts=experts)
 
     def prefill(self, tokens, drafting, on_progress) -> Prefill:
@@ -216,6 +217,13 @@ def test_prompts_that_are_empty_or_leave_no_room(tokenizer):
             run(tokenizer, [1], prompt_tokens=(1,) * length, context=10)
     result, _ = run(tokenizer, [1], prompt_tokens=(1,) * 9, context=10, max_tokens=5)
     assert result.finish == "context"
+
+
+def test_a_prompt_of_another_model(tokenizer):
+    """A tokenizer with more tokens than the model would read beyond the embedding's end."""
+    run(tokenizer, [1], prompt_tokens=(1, VOCABULARY - 1))
+    with pytest.raises(PromptError, match=f"token {VOCABULARY}.*ends at {VOCABULARY - 1}"):
+        run(tokenizer, [1], prompt_tokens=(1, VOCABULARY, 2))
 
 
 def test_token_hash(tokenizer):

@@ -21,22 +21,34 @@ def test_the_first_ctrl_c_waits_for_check():
         done.append("the round goes on")
         with pytest.raises(KeyboardInterrupt):
             interrupts.check()
+        interrupts.check()
     assert done
 
 
 def test_the_second_one_does_not_wait():
-    with Interrupts():
+    with Interrupts() as interrupts:
         ctrl_c()
         with pytest.raises(KeyboardInterrupt):
             ctrl_c()
+        with pytest.raises(KeyboardInterrupt):
+            interrupts.check()
 
 
 def test_the_handler_from_before_is_back_afterwards():
     before = signal.getsignal(signal.SIGINT)
-    with pytest.raises(ValueError, match="inside"), Interrupts():
+    with Interrupts():
         assert signal.getsignal(signal.SIGINT) is not before
-        raise ValueError("inside")
     assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_what_nobody_checked_goes_to_the_handler_from_before():
+    with pytest.raises(KeyboardInterrupt), Interrupts():
+        ctrl_c()
+    with Interrupts() as outer:
+        with Interrupts():
+            ctrl_c()
+        with pytest.raises(KeyboardInterrupt):
+            outer.check()
 
 
 def test_other_threads_have_no_signals_and_work_all_the_same():

@@ -89,7 +89,9 @@ def test_end_tokens(found, expected):
     assert parse(raw).eos_token_ids == expected
 
 
-@pytest.mark.parametrize("model_type", [None, "llama", "qwen3", "qwen2_moe", "qwen3_5_moe_vision"])
+@pytest.mark.parametrize(
+    "model_type", [None, "llama", "qwen3", "qwen2_moe", "qwen3_5_moe_vision", ["qwen3_moe"]]
+)
 def test_an_unknown_model_type_is_refused(model_type):
     raw = tiny_config("qwen3_moe")
     raw["model_type"] = model_type
@@ -116,6 +118,7 @@ BAD = {
     "layer_types": (["full_attention"], "layer_types must list 4 times"),
     "num_hidden_layers": (3, "layer_types must list 3 times"),
     "attention_bias": (True, "attention_bias"),
+    "use_sliding_window": (True, "use_sliding_window = true"),
     "hidden_act": ("gelu", "hidden_act = 'gelu'"),
     "tie_word_embeddings": ("yes", "tie_word_embeddings = 'yes'"),
     "eos_token_id": (["</s>"], "eos_token_id"),
@@ -134,6 +137,13 @@ def test_bad_values_are_refused_by_name(key):
     with pytest.raises(CheckpointError, match=re.escape(words)) as caught:
         parse(raw)
     assert str(caught.value).startswith("folder/config.json: ")
+
+
+def test_sliding_layers_are_not_run_as_full_ones():
+    raw = tiny_config("qwen3_moe")
+    raw["layer_types"] = ["full_attention"] * 3 + ["sliding_attention"]
+    with pytest.raises(CheckpointError, match="layer_types must list 4 times 'full_attention'"):
+        parse(raw)
 
 
 def test_text_config_must_be_an_object():
@@ -235,6 +245,15 @@ def test_a_misshapen_tensor_is_named_with_both_shapes(name, tmp_path):
         load_target(folder, REFERENCE)
     for words in ("model.safetensors", name, str(list(good)), str(list(bad))):
         assert words in str(caught.value)
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_integers_for_floats_are_refused(name, tmp_path):
+    folder = write_checkpoint(tmp_path, "qwen3_5_moe", quantize=None)
+    rewrite(folder, lambda tensors: {**tensors, name: mx.zeros(SHAPES[name], mx.uint32)})
+    with pytest.raises(CheckpointError, match="U32") as caught:
+        load_target(folder, REFERENCE)
+    assert name in str(caught.value)
 
 
 def test_experts_of_another_shape_are_found_before_anything_is_read(tmp_path, monkeypatch):
