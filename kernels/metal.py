@@ -1,0 +1,131 @@
+"""MetalKernel: one body in Metal's language, run by MLX on Apple GPUs and on NVIDIA GPUs.
+
+The body is a .metal file: the text between the braces of a kernel, whose signature MLX writes.
+How to write one that both accept: docs/writing-kernels.md. Nothing is read or compiled before the
+first call. Refused: a launch that is not made of whole threadgroups, since the two platforms would
+run different threads; machines without a GPU.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from importlib.resources import files
+from importlib.resources.abc import Traversable
+from typing import Any, TypeAlias
+
+import mlx.core as mx
+
+from specdec.kernels.vocabulary import definitions, without_comments
+
+Template: TypeAlias = Mapping[str, int | bool | mx.Dtype]
+Threads: TypeAlias = tuple[int, int, int]
+
+MAX_THREADS = 1024  # of a threadgroup, on either platform
+
+
+def _here() -> Traversable:
+    return files("specdec.kernels")
+
+
+@dataclass(frozen=True)
+class MetalKernel:
+    """A kernel: `<name>.metal` in `folder`, with the functions of `helpers` (file names) before it.
+
+    inputs, outputs: names of its arrays, in order. Inputs are row-contiguous when it runs.
+    template: names of its compile-time arguments: integers of 0 or more, booleans, dtypes.
+    """
+
+    name: str
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    template: tuple[str, ...] = ()
+    helpers: tuple[str, ...] = ()
+    folder: Traversable = field(default_factory=_here)
+
+    def __call__(
+        self,
+        inputs: Sequence[mx.array],
+        output_shapes: Sequence[tuple[int, ...]],
+        output_dtypes: Sequence[mx.Dtype],
+        grid: Threads,
+        threadgroup: Threads,
+        template: Template | None = None,
+        init_value: float | None = None,
+    ) -> list[mx.array]:
+        """The outputs, lazily. What the body does not write of them is undefined.
+
+        grid: threads in x, y, z; a multiple of `threadgroup` in each, ValueError otherwise.
+        init_value: what outputs hold before.
+        """
+        arguments = self.check(inputs, grid, threadgroup, template or {})
+        return self._on_gpu(
+            inputs=inputs,
+            output_shapes=output_shapes,
+            output_dtypes=output_dtypes,
+            grid=grid,
+            threadgroup=threadgroup,
+            template=arguments,
+            init_value=init_value,
+        )
+
+    def check(
+        self, inputs: Sequence[mx.array], grid: Threads, threadgroup: Threads, template: Template
+    ) -> list[tuple[str, int | bool | mx.Dtype]]:
+        """The template arguments in order; ValueError for a launch that cannot be meant."""
+        if len(inputs) != len(self.inputs):
+            raise ValueError(
+                f"kernel {self.name}: {len(inputs)} inputs, expected {', '.join(self.inputs)}"
+            )
+        if template.keys() != set(self.template):
+            raise ValueError(
+                f"kernel {self.name}: template arguments {', '.join(template) or 'none'}, "
+                f"expected {', '.join(self.template) or 'none'}"
+            )
+        x, y, z = threadgroup
+        if not 0 < x * y * z <= MAX_THREADS:
+            raise ValueError(
+                f"kernel {self.name}: threadgroup {threadgroup}, expected 1 to {MAX_THREADS} threads"
+            )
+        if grid[0] % x or grid[1] % y or grid[2] % z or 0 in grid:
+            raise ValueError(
+                f"kernel {self.name}: grid {grid} is not made of whole threadgroups {threadgroup}"
+            )
+        return [(name, template[name]) for name in self.template]
+
+    @cached_property
+    def body(self) -> str:
+        return without_comments((self.folder / f"{self.name}.metal").read_text())
+
+    def header(self, platform: str) -> str:
+        """Vocabulary of "metal" or "cuda" and helpers, as short as can be."""
+        helpers = "".join(without_comments((self.folder / h).read_text()) for h in self.helpers)
+        vocabulary = (_here() / f"{platform}.h").read_text()
+        return definitions(vocabulary, helpers + self.body) + helpers
+
+    def on_metal(self) -> Callable[..., Any]:
+        """The kernel as MLX runs it on Apple GPUs."""
+        return mx.fast.metal_kernel(
+            name=self.name,
+            input_names=self.inputs,
+            output_names=self.outputs,
+            source=self.body,
+            header=self.header("metal"),
+        )
+
+    def on_cuda(self) -> Callable[..., Any]:
+        """The kernel as MLX runs it on NVIDIA GPUs."""
+        return mx.fast.cuda_kernel(
+            name=self.name,
+            input_names=self.inputs,
+            output_names=self.outputs,
+            source=self.body,
+            header=self.header("cuda"),
+        )
+
+    @cached_property
+    def _on_gpu(self) -> Callable[..., Any]:
+        if mx.metal.is_available():
+            return self.on_metal()
+        if mx.cuda.is_available():
+            return self.on_cuda()
+        raise RuntimeError(f"kernel {self.name}: MLX has no GPU here")
