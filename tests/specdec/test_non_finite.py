@@ -38,8 +38,8 @@ def test_nan_amid_a_text_is_an_error_and_no_end(budget, backend, tmp_path):
         draft: Any = CheatingDraft(intact.tokens, len(PROMPT), 320)
         engine = Engine(target, draft)
         pieces: list[str] = []
+        request = Request(PROMPT, budget, max_tokens=30)
         with pytest.raises(NonFiniteError, match="token embeddings"):
-            request = Request(PROMPT, budget, max_tokens=30)
             generate(engine, tokenizer, request, pieces.append)
         assert intact.text.startswith("".join(pieces))
         shorter = Request(PROMPT, 1, max_tokens=5)
