@@ -64,8 +64,7 @@ def test_every_module_is_in_the_wheel(installed):
 
 def test_package_data_is_in_the_wheel(installed):
     assert (installed / "specdec/py.typed").is_file()
-    sources = [path for room in ROOMS for path in (ROOT / room).glob("*.metal")]
-    for path in sources:
+    for path in [*(ROOT / "kernels").rglob("*.metal"), *(ROOT / "kernels").rglob("*.h")]:
         assert (installed / "specdec" / path.relative_to(ROOT)).is_file()
     demo = ROOT / "specdec/demo"
     for path in demo.rglob("*"):
