@@ -30,10 +30,15 @@ class Engine:
         draft: Draft | None = None,
         choose: Callable[[Array], np.ndarray] = greedy,
         prefill_chunk: int = 256,
+        context: int | None = None,
+        max_budget: int | None = None,
     ) -> None:
-        """choose: logits [rows, vocab] -> int [rows], the target's token after each row."""
+        """choose: logits [rows, vocab] -> int [rows], the target's token after each row.
+
+        context, max_budget: what memory was planned for; None where nothing was.
+        """
         self.target, self.draft, self.choose = target, draft, choose
-        self.prefill_chunk = prefill_chunk
+        self.prefill_chunk, self.context, self.max_budget = prefill_chunk, context, max_budget
         self.reset()
 
     def reset(self) -> None:

@@ -32,6 +32,8 @@ class Sizes:
     prompt, context: tokens of the prompt, and of the prompt and everything generated.
     chunk: prompt tokens per prefill pass. budget: nodes of a tree, the root not counted.
     dtype: of activations and of weights that are not packed.
+    row_by_row: whether attention goes from row to row, as kernels/cpu does; MLX holds the scores of
+        all rows and heads.
     """
 
     prompt: int
@@ -39,6 +41,7 @@ class Sizes:
     chunk: int
     budget: int
     dtype: mx.Dtype
+    row_by_row: bool = False
 
     def __post_init__(self) -> None:
         assert 1 <= self.prompt <= self.context
@@ -49,6 +52,10 @@ class Sizes:
     def rows(self) -> int:
         """Rows of a verify pass: plain decoding (budget 1) has the root alone."""
         return self.budget + 1 if self.budget > 1 else 1
+
+    def score_rows(self, rows: int) -> int:
+        """Of how many rows the attention scores are held at a time."""
+        return 1 if self.row_by_row else rows
 
     def committed(self, draft: DraftConfig | None) -> int:
         """The most tokens a session commits: the last round may overshoot by a block."""
@@ -136,21 +143,19 @@ def prefill_scratch(config: TargetConfig, draft: DraftConfig | None, sizes: Size
     """What a prompt's passes hold beside weights and state.
 
     AHEAD x the widest layer's activations of a chunk; two copies of its attention scores; new
-    states, twice, before they replace the old ones, and the convolution inputs of all layers until
-    then; the taps of the whole prompt, in chunks and in one piece; the draft's pass over them.
+    states, twice, before they replace the old ones; the chunk's taps, twice, and the draft's pass
+    over them.
     """
     chunk, size = min(sizes.chunk, sizes.prompt), sizes.dtype.size
     passes = int(AHEAD * _layer_bytes(config, chunk, sizes.dtype))
-    passes += 2 * chunk * config.num_heads * sizes.context * FLOAT
+    passes += 2 * sizes.score_rows(chunk) * config.num_heads * sizes.context * FLOAT
     passes += 2 * state_bytes(config, sizes.dtype) + 2 * config.vocab_size * FLOAT
-    if config.gdn is not None:
-        passes += len(config.linear_layers) * chunk * config.gdn.conv_channels * size
     if draft is None:
         return passes
-    taps = sizes.prompt * len(draft.target_layer_ids) * config.hidden_size * size
+    taps = chunk * len(draft.target_layer_ids) * config.hidden_size * size
     keys = 6 * draft.num_kv_heads * draft.head_dim * draft.num_layers
-    extend = sizes.prompt * (3 * draft.hidden_size + keys) * size
-    return max(taps + passes, 2 * taps + extend)
+    extend = chunk * (3 * draft.hidden_size + keys) * size
+    return max(2 * taps + passes, 2 * taps + extend)
 
 
 def verify_scratch(config: TargetConfig, draft: DraftConfig | None, sizes: Sizes) -> int:
@@ -164,7 +169,7 @@ def verify_scratch(config: TargetConfig, draft: DraftConfig | None, sizes: Sizes
     """
     rows, gdn, dtype = sizes.rows, config.gdn, sizes.dtype
     tree = int(AHEAD * _layer_bytes(config, rows, dtype)) + 2 * rows * config.vocab_size * FLOAT
-    tree += 2 * rows * config.num_heads * sizes.context * FLOAT
+    tree += 2 * sizes.score_rows(rows) * config.num_heads * sizes.context * FLOAT
     tree += 4 * rows * 2 * BLOCK * config.num_kv_heads * config.head_dim * FLOAT
     tree += rows * config.num_heads * (config.head_dim + 1) * (sizes.context // BLOCK) * FLOAT
     tape = len(config.full_layers) * 2 * config.num_kv_heads * config.head_dim

@@ -13,7 +13,7 @@ from time import perf_counter
 import numpy as np
 
 from specdec.engine import Engine
-from specdec.errors import PromptError
+from specdec.errors import PlanError, PromptError
 from specdec.interrupt import Interrupts
 from specdec.round import Prefill, Round
 from specdec.stops import StopScanner
@@ -76,11 +76,11 @@ def generate(
     """Run a request on an engine from nothing.
 
     on_text gets the text as it becomes certain; on_progress(done, total) the prompt's progress.
-    PromptError for an empty prompt and for one that leaves no room in the model's context.
+    PromptError as check_prompt says, PlanError for more than the engine was loaded for.
     """
-    context = engine.target.config.max_position
     check_prompt(request.prompt_tokens, engine.target.config)
-    room = context - len(request.prompt_tokens)
+    room = engine.target.config.max_position - len(request.prompt_tokens)
+    _check_plan(engine, request, min(request.max_tokens, room))
     writer = _Writer(tokenizer, request, min(request.max_tokens, room), on_text)
     engine.target.experts.reset_counters()
     rounds: list[Round] = []
@@ -132,10 +132,26 @@ def check_prompt(tokens: Sequence[int], config: TargetConfig) -> None:
             f"the prompt has {len(tokens)} tokens; the model's context is {config.max_position}, "
             "and at least one token must fit after the prompt"
         )
-    if max(tokens) >= config.vocab_size:
+    bad = next((token for token in tokens if not 0 <= token < config.vocab_size), None)
+    if bad is not None:
         raise PromptError(
-            f"the prompt has the token {max(tokens)}; the model's vocabulary ends at "
+            f"the prompt has the token {bad}; the model's vocabulary ends at "
             f"{config.vocab_size - 1}: its tokenizer.json belongs to another model"
+        )
+
+
+def _check_plan(engine: Engine, request: Request, answer: int) -> None:
+    """PlanError for a request that would take more memory than was planned for."""
+    context = len(request.prompt_tokens) + answer
+    if engine.context is not None and context > engine.context:
+        raise PlanError(
+            f"the request may need {context} tokens of context, memory was planned for "
+            f"{engine.context}: load with a larger context"
+        )
+    if engine.max_budget is not None and request.budget > engine.max_budget:
+        raise PlanError(
+            f"the request has budget {request.budget}, memory was planned for "
+            f"{engine.max_budget}: load with a larger budget"
         )
 
 

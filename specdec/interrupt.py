@@ -13,15 +13,21 @@ from typing import Self
 
 
 class Interrupts:
-    """A context in which Ctrl-C waits for `check`. Outside the main thread it changes nothing."""
+    """A context in which Ctrl-C waits for `check`.
+
+    Changes nothing outside the main thread, and where Ctrl-C is ignored.
+    """
 
     def __init__(self) -> None:
         self._noted = False
 
     def __enter__(self) -> Self:
-        self._here = threading.current_thread() is threading.main_thread()
-        if self._here:
-            self._before = signal.signal(signal.SIGINT, self._note)
+        main = threading.current_thread() is threading.main_thread()
+        # Ignored, or handled by something that is not Python: not ours to change.
+        before = signal.getsignal(signal.SIGINT)
+        self._before = before if main and callable(before) else None
+        if self._before is not None:
+            signal.signal(signal.SIGINT, self._note)
         return self
 
     def __exit__(
@@ -30,9 +36,9 @@ class Interrupts:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if self._here:
+        if self._before is not None:
             signal.signal(signal.SIGINT, self._before)
-            if self._noted and error is None and callable(self._before):
+            if self._noted and error is None:
                 self._before(signal.SIGINT, None)
 
     def check(self) -> None:

@@ -25,6 +25,7 @@ from specdec.plan import COMPILER_BYTES, KEPT_BYTES, MemoryPlan, make_plan
 from specdec.target.config import TargetConfig
 from specdec.target.expert_cache import ExpertCache
 from specdec.target.expert_store import ExpertStore
+from specdec.target.manifest import Manifest
 from specdec.target.model import Target
 from specdec.tokenizer import Tokenizer
 
@@ -37,7 +38,9 @@ class Settings:
 
     model, draft: a folder or a repository id; no model: the demo pair.
     pin_layers, cache_slots, memory_gb: None to let the plan decide. memory_gb in 10^9 bytes.
-    context: tokens of prompt and answer together; budget: the largest that will be used.
+    context: tokens of prompt and answer together; budget: the largest that will be used. Both are
+        planned for, and the engine keeps to them.
+    prompt: tokens of the longest prompt, None for as many as the context holds.
     """
 
     model: str | None = None
@@ -48,6 +51,7 @@ class Settings:
     prefill_chunk: int = 256
     context: int = 4096
     budget: int = 6
+    prompt: int | None = None
 
 
 @dataclass(frozen=True)
@@ -91,7 +95,7 @@ def load(
     on_progress: Callable[[int, int], None] | None = None,
 ) -> Loaded:
     """Check, plan, and read a pair. on_plan gets the plan before anything is read; on_progress
-    counts layers, then bytes of pinned experts."""
+    counts the bytes of the pinned experts."""
     with ExitStack() as stack:
         found = _open(settings, stack)
         tokenizer = Tokenizer.open(found.target.folder)
@@ -111,7 +115,13 @@ def load(
         stack.pop_all()
         if found.draft is not None:
             found.draft[0].close()
-    engine = Engine(target, draft, prefill_chunk=settings.prefill_chunk)
+    engine = Engine(
+        target,
+        draft,
+        prefill_chunk=settings.prefill_chunk,
+        context=settings.context,
+        max_budget=settings.budget,
+    )
     return Loaded(engine, tokenizer, plan, backend)
 
 
@@ -125,7 +135,9 @@ def _open(settings: Settings, stack: ExitStack) -> _Headers:
         source = str(draft_folder / "config.json")
         draft = checkpoint, DraftConfig.from_dict(checkpoint.config, source)
         check_pairing(draft[1], config)
-    return _Headers(target, config, draft, ExpertStore(target, config), _backend(target, config))
+    store = ExpertStore(target, config)
+    Manifest.of(target, config)
+    return _Headers(target, config, draft, store, _backend(target, config))
 
 
 def _backend(checkpoint: Checkpoint, config: TargetConfig) -> Backend:
@@ -141,11 +153,12 @@ def _plan(found: _Headers, settings: Settings) -> MemoryPlan:
         found.store,
         found.draft,
         Sizes(
-            prompt=context,
+            prompt=min(settings.prompt or context, context),
             context=context,
             chunk=settings.prefill_chunk,
             budget=settings.budget,
             dtype=found.backend.dtype,
+            row_by_row=found.backend.name == "cpu",
         ),
         pin_layers=settings.pin_layers,
         cache_slots=settings.cache_slots,

@@ -14,18 +14,10 @@ class Attention:
 
     def __init__(self, tensors: Tensors, config: TargetConfig, rope: Rope, index: int) -> None:
         self.config, self.rope, self.index = config, rope, index
-        hidden, dim = config.hidden_size, config.head_dim
-        gates = 2 if config.attn_output_gate else 1
-        self.qkv = Projections(
-            [
-                tensors.weight("q_proj", config.num_heads * dim * gates, hidden),
-                tensors.weight("k_proj", config.num_kv_heads * dim, hidden),
-                tensors.weight("v_proj", config.num_kv_heads * dim, hidden),
-            ]
-        )
-        self.out = tensors.weight("o_proj", hidden, config.num_heads * dim)
-        self.q_norm = tensors.array("q_norm.weight", (dim,))
-        self.k_norm = tensors.array("k_norm.weight", (dim,))
+        self.qkv = Projections([tensors.weight(name) for name in ("q_proj", "k_proj", "v_proj")])
+        self.out = tensors.weight("o_proj")
+        self.q_norm = tensors.array("q_norm.weight")
+        self.k_norm = tensors.array("k_norm.weight")
 
     def __call__(self, x: Array, this: Pass) -> Array:
         """x [rows, hidden] -> [rows, hidden]."""

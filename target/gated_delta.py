@@ -25,14 +25,13 @@ class GatedDelta:
         assert config.gdn is not None
         self.gdn: GatedDeltaConfig = config.gdn
         self.index, self.eps = index, config.rms_norm_eps
-        gdn, hidden = self.gdn, config.hidden_size
-        self.inputs = Projections(_input_weights(tensors, gdn, hidden))
-        conv = tensors.array("conv1d.weight", (gdn.conv_channels, gdn.conv_kernel, 1))
+        self.inputs = Projections(_input_weights(tensors, config.gdn))
+        conv = tensors.array("conv1d.weight")
         self.conv = contiguous(conv[:, :, 0].swapaxes(0, 1))  # [taps, channels]
-        self.a_log = tensors.array("A_log", (gdn.num_value_heads,), mx.float32)
-        self.dt_bias = tensors.array("dt_bias", (gdn.num_value_heads,), mx.float32)
-        self.norm = tensors.array("norm.weight", (gdn.value_dim,))
-        self.out = tensors.weight("out_proj", hidden, gdn.values)
+        self.a_log = tensors.array("A_log", mx.float32)
+        self.dt_bias = tensors.array("dt_bias", mx.float32)
+        self.norm = tensors.array("norm.weight")
+        self.out = tensors.weight("out_proj")
 
     def __call__(self, x: Array, this: Pass) -> Array:
         """x [rows, hidden] -> [rows, hidden]."""
@@ -50,24 +49,17 @@ class GatedDelta:
         return linear(y.reshape(rows, -1), self.out)
 
 
-def _input_weights(tensors: Tensors, gdn: GatedDeltaConfig, hidden: int) -> list[Weight]:
+def _input_weights(tensors: Tensors, gdn: GatedDeltaConfig) -> list[Weight]:
     """The projections qkv, z, b, a, whichever way they are stored."""
-    heads = gdn.num_value_heads
     if not tensors.has("in_proj_qkvz.weight"):
-        return [
-            tensors.weight("in_proj_qkv", gdn.conv_channels, hidden),
-            tensors.weight("in_proj_z", gdn.values, hidden),
-            tensors.weight("in_proj_b", heads, hidden),
-            tensors.weight("in_proj_a", heads, hidden),
-        ]
-    qkvz = tensors.weight("in_proj_qkvz", gdn.conv_channels + gdn.values, hidden)
-    ba = tensors.weight("in_proj_ba", 2 * heads, hidden)
+        return [tensors.weight(f"in_proj_{part}") for part in ("qkv", "z", "b", "a")]
+    qkvz, ba = tensors.weight("in_proj_qkvz"), tensors.weight("in_proj_ba")
     # Per key head: its query, its key, then the values and z of its value heads.
     per_key = gdn.values // gdn.num_key_heads
     rows = np.arange(qkvz.out_features).reshape(gdn.num_key_heads, -1)
     splits = np.cumsum([gdn.key_dim, gdn.key_dim, per_key])
     q, k, v, z = (part.reshape(-1) for part in np.split(rows, splits, axis=1))
-    ba_rows = np.arange(2 * heads).reshape(gdn.num_key_heads, -1)
+    ba_rows = np.arange(ba.out_features).reshape(gdn.num_key_heads, -1)
     b, a = (part.reshape(-1) for part in np.split(ba_rows, 2, axis=1))
     return [
         qkvz.rows(np.concatenate([q, k, v])),

@@ -16,14 +16,9 @@ from specdec.target.tensors import Tensors
 class MLP:
     """down(silu(gate x) * up x)."""
 
-    def __init__(self, tensors: Tensors, hidden: int, intermediate: int) -> None:
-        self.gate_up = Projections(
-            [
-                tensors.weight("gate_proj", intermediate, hidden),
-                tensors.weight("up_proj", intermediate, hidden),
-            ]
-        )
-        self.down = tensors.weight("down_proj", hidden, intermediate)
+    def __init__(self, tensors: Tensors) -> None:
+        self.gate_up = Projections([tensors.weight("gate_proj"), tensors.weight("up_proj")])
+        self.down = tensors.weight("down_proj")
 
     def __call__(self, x: Array, this: Pass) -> Array:
         """x [rows, hidden] -> [rows, hidden]."""
@@ -41,14 +36,11 @@ class MoE:
         # The bank's memory stays where it is; only what it holds changes.
         self.bank: ExpertWeights = experts.bank(layer).on(tensors.backend)
         self.top_k, self.normalize = config.top_k, config.norm_topk_prob
-        hidden = config.hidden_size
-        gates = [tensors.weight("gate", config.num_experts, hidden)]
+        gates = [tensors.weight("gate")]
         self.shared = None
         if config.shared_intermediate_size:
-            gates.append(tensors.weight("shared_expert_gate", 1, hidden))
-            self.shared = MLP(
-                tensors.under("shared_expert"), hidden, config.shared_intermediate_size
-            )
+            gates.append(tensors.weight("shared_expert_gate"))
+            self.shared = MLP(tensors.under("shared_expert"))
         self.gates = Projections(gates)
 
     def __call__(self, x: Array, this: Pass) -> Array:

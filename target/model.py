@@ -5,14 +5,14 @@ of its paths part of the state. verify changes nothing that is committed: an err
 between the two leaves the session as it was.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Self
 
 import numpy as np
 
 from specdec.checkpoint import Checkpoint
-from specdec.errors import CheckpointError, NonFiniteError
+from specdec.errors import NonFiniteError
 from specdec.kernels.array import Array, Backend, all_finite, concatenate, evaluate, to_numpy
 from specdec.kernels.layout import TreeLayout
 from specdec.kernels.linear import embed, linear
@@ -23,6 +23,7 @@ from specdec.target.attention import Attention
 from specdec.target.config import FULL, TargetConfig
 from specdec.target.expert_cache import ExpertCache
 from specdec.target.gated_delta import GatedDelta
+from specdec.target.manifest import Manifest
 from specdec.target.mlp import MLP, MoE
 from specdec.target.passes import Pass, PromptPass, TreePass
 from specdec.target.state import State
@@ -79,17 +80,11 @@ class Target:
         experts: ExpertCache,
         backend: Backend,
         taps: Sequence[int] = (),
-        on_progress: Callable[[int, int], None] | None = None,
     ) -> Self:
-        """Read all weights but the experts. CheckpointError on a missing or misshapen tensor."""
-        if any(".mlp.experts." in name for name in checkpoint.tensors):
-            raise CheckpointError(
-                f"{checkpoint.folder}: experts are stored as transformers writes them "
-                "(mlp.experts.*), expected mlx-community's mlp.switch_mlp.*; "
-                "convert the model with mlx_lm.convert"
-            )
-        root = Tensors(checkpoint, config.prefix, backend)
-        rope, hidden = Rope(config.rope), config.hidden_size
+        """Read all weights but the experts; CheckpointError as the manifest says."""
+        manifest = Manifest.of(checkpoint, config)
+        root = Tensors(checkpoint, manifest, config.prefix, backend)
+        rope = Rope(config.rope)
         layers: list[Layer] = []
         for i, kind in enumerate(config.layer_types):
             tensors = root.under(f"layers.{i}")
@@ -99,21 +94,18 @@ class Target:
                 else GatedDelta(tensors.under("linear_attn"), config, config.linear_layers.index(i))
             )
             mlp = (
-                MLP(tensors.under("mlp"), hidden, config.intermediate_size)
+                MLP(tensors.under("mlp"))
                 if i in config.dense_layers
                 else MoE(tensors.under("mlp"), config, i, experts)
             )
-            input_norm = tensors.array("input_layernorm.weight", (hidden,))
-            post_norm = tensors.array("post_attention_layernorm.weight", (hidden,))
+            input_norm = tensors.array("input_layernorm.weight")
+            post_norm = tensors.array("post_attention_layernorm.weight")
             layers.append(Layer(input_norm, mixer, post_norm, mlp))
-            if on_progress is not None:
-                on_progress(i + 1, config.num_layers)
-        embedding = root.weight("embed_tokens", config.vocab_size, hidden)
+        embedding = root.weight("embed_tokens")
         head = embedding
         if not config.tie_word_embeddings:
-            outer = Tensors(checkpoint, config.head_prefix, backend)
-            head = outer.weight("lm_head", config.vocab_size, hidden)
-        norm = root.array("norm.weight", (hidden,))
+            head = Tensors(checkpoint, manifest, config.head_prefix, backend).weight("lm_head")
+        norm = root.array("norm.weight")
         return cls(config, layers, embedding, norm, head, experts, backend, taps)
 
     def reset(self) -> None:

@@ -8,13 +8,25 @@ The first run on a machine compiles for some seconds, and says so on stderr.
 """
 
 import sys
+from collections.abc import Callable
+from typing import Any
 
 from numba import njit
 from numba.core import event
 
 FAST = {"reassoc", "contract", "nsz", "arcp"}
 
-jit = njit(fastmath=FAST, nogil=True, error_model="numpy", cache=True)
+
+def jit(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Compile a kernel at its first call and keep it on disk, where there is a place for it."""
+    try:
+        return _compiled(function, cache=True)
+    except RuntimeError:  # neither the package nor the user's cache folder may be written
+        return _compiled(function, cache=False)
+
+
+def _compiled(function: Callable[..., Any], cache: bool) -> Callable[..., Any]:
+    return njit(function, cache=cache, fastmath=FAST, nogil=True, error_model="numpy")
 
 
 class _Announcement(event.Listener):
@@ -24,7 +36,9 @@ class _Announcement(event.Listener):
         kernel = event.data["dispatcher"].py_func.__module__
         if kernel.startswith("specdec.") and self._first:
             self._first = False
-            print("compiling CPU kernels, once for this installation ...", file=sys.stderr)
+            kept = event.data["dispatcher"].stats.cache_path is not None
+            often = "once for this installation" if kept else "at every start: set NUMBA_CACHE_DIR"
+            print(f"compiling CPU kernels, {often} ...", file=sys.stderr)
 
     def on_end(self, event: event.Event) -> None: ...
 

@@ -51,7 +51,7 @@ assert not loaded, loaded
         (["--budget", "257"], "257 is not in the range 1<=x<=256"),
         (["--tree", "bush"], "'best-first', 'chain', 'spine'"),
         (["--pin-layers", "-1"], "-1 is not in the range x>=0"),
-        (["--memory-gb", "0"], "0.0 is not in the range x>0"),
+        (["--memory-gb", "0"], "0.0 is not in the range 0<x<=1000000.0"),
         (["--memory-gb", "nan"], "nan is not a finite number"),
         (["--max-tokens", "0"], "0 is not in the range x>=1"),
         (["--prefill-chunk", "0"], "0 is not in the range x>=1"),

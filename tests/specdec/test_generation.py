@@ -4,6 +4,7 @@ Most tests run a scripted engine, which emits given tokens in rounds of given si
 real target with a draft that cheats.
 """
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from specdec.engine import Engine
-from specdec.errors import PromptError
+from specdec.errors import PlanError, PromptError
 from specdec.generation import Request, generate
 from specdec.round import PhaseSeconds, Prefill, Round
 from specdec.tokenizer import Tokenizer
@@ -46,6 +47,7 @@ class Script:
         experts = SimpleNamespace(reset_counters=lambda: None, counters=lambda: ())
         config = SimpleNamespace(max_position=context, vocab_size=VOCABULARY)
         self.target = SimpleNamespace(config=config, experts=experts)
+        self.context = self.max_budget = None
 
     def prefill(self, tokens, drafting, on_progress) -> Prefill:
         if self.interrupt == 0:
@@ -224,6 +226,19 @@ def test_a_prompt_of_another_model(tokenizer):
     run(tokenizer, [1], prompt_tokens=(1, VOCABULARY - 1))
     with pytest.raises(PromptError, match=f"token {VOCABULARY}.*ends at {VOCABULARY - 1}"):
         run(tokenizer, [1], prompt_tokens=(1, VOCABULARY, 2))
+
+
+def test_a_request_beyond_the_memory_plan(tokenizer):
+    engine: Any = Script([1, 2, 3, 4])
+    engine.context, engine.max_budget = len(PROMPT) + 3, 4
+    fits = Request(PROMPT, budget=4, max_tokens=3)
+    assert generate(engine, tokenizer, fits).finish == "length"
+    for beyond, words in (
+        (replace(fits, max_tokens=4), "context"),
+        (replace(fits, budget=5), "budget 5"),
+    ):
+        with pytest.raises(PlanError, match=words):
+            generate(engine, tokenizer, beyond)
 
 
 def test_token_hash(tokenizer):

@@ -8,6 +8,7 @@ import pytest
 
 from specdec.checkpoint import Checkpoint
 from specdec.errors import CheckpointError
+from specdec.load import Settings, plan_for
 from specdec.target.config import FULL, LINEAR, TargetConfig
 from specdec.target.expert_store import ExpertStore
 from tests.backends import REFERENCE
@@ -245,6 +246,32 @@ def test_a_misshapen_tensor_is_named_with_both_shapes(name, tmp_path):
         load_target(folder, REFERENCE)
     for words in ("model.safetensors", name, str(list(good)), str(list(bad))):
         assert words in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "layers.4.input_layernorm.weight",
+        "layers.3.self_attn.q_proj.bias",
+        "layers.3.self_attn.sinks",
+        "layers.1.linear_attn.in_proj_qkvz.scales",
+    ],
+)
+def test_a_tensor_the_forward_pass_would_not_use_is_refused(name, tmp_path):
+    """A model with something more than its config says would run, and run wrong."""
+    folder = write_checkpoint(tmp_path, "qwen3_5_moe", extras=True)
+    load_target(folder, REFERENCE)
+    more = {f"language_model.model.{name}": mx.zeros((64,), mx.bfloat16)}
+    rewrite(folder, lambda tensors: tensors | more)
+    with pytest.raises(CheckpointError, match=rf"1 tensors are no part.*{re.escape(name)}"):
+        load_target(folder, REFERENCE)
+
+
+def test_a_broken_checkpoint_is_refused_before_the_plan(tmp_path):
+    folder = write_checkpoint(tmp_path, "qwen3_moe")
+    rewrite(folder, lambda tensors: {k: v for k, v in tensors.items() if "lm_head" not in k})
+    with pytest.raises(CheckpointError, match="lm_head"):
+        plan_for(Settings(model=str(folder)))
 
 
 @pytest.mark.parametrize("name", SHAPES)
