@@ -23,7 +23,7 @@ from specdec.kernels.array import Array, concatenate, is_numpy
 
 # Mask tokens of drafts published so far: what a config may have been copied from.
 PUBLISHED_MASK_IDS = (151669, 248070, 248077)
-_CHUNK = 64  # tokens per pass of the target: logits of all of them are held at once
+CHUNK = 64  # tokens per pass of the target: logits of all of them are held at once
 
 
 class TeacherOutput(Protocol):
@@ -103,8 +103,8 @@ class _Lesson:
         chosen, taps = [], []
         try:
             target.reset()
-            for start in range(0, len(tokens), _CHUNK):
-                output = target.prefill(self.tokens[start : start + _CHUNK], all_logits=True)
+            for start in range(0, len(tokens), CHUNK):
+                output = target.prefill(self.tokens[start : start + CHUNK], all_logits=True)
                 best = (np if is_numpy(output.logits) else mx).argmax(output.logits, axis=-1)
                 chosen.append(np.array(best))
                 taps.append(output.taps)

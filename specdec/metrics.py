@@ -92,7 +92,8 @@ class Metrics:
     prompt_tokens: tokens of the prompt, template included.
     generated_tokens: tokens emitted, the first (from the prefill) and an end token included.
     prefill_tokens_per_second: prompt_tokens / prefill_seconds.
-    seconds_to_first_token: from the request to the first token, loading excluded.
+    seconds_to_first_token: from the request to the first token, loading excluded; None when the
+        run was interrupted before it.
     decode_seconds: from the first token to the end of the run.
     decode_tokens_per_second: (generated_tokens - 1) / decode_seconds. Tokens that the last round
         committed beyond the end (stop string, limit) are not counted, its time is.
@@ -109,7 +110,7 @@ class Metrics:
     finish: str
     prefill_seconds: float
     prefill_tokens_per_second: float | None
-    seconds_to_first_token: float
+    seconds_to_first_token: float | None
     decode_seconds: float
     decode_tokens_per_second: float | None
     rounds: int
@@ -168,7 +169,7 @@ def measure(result: "Result") -> Metrics:
         finish=result.finish,
         prefill_seconds=result.prefill.seconds,
         prefill_tokens_per_second=ratio(result.prefill.prompt_tokens, result.prefill.seconds),
-        seconds_to_first_token=result.seconds_to_first_token,
+        seconds_to_first_token=result.seconds_to_first_token if result.tokens else None,
         decode_seconds=result.decode_seconds,
         decode_tokens_per_second=ratio(max(len(result.tokens) - 1, 0), result.decode_seconds),
         rounds=len(rounds),

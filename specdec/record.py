@@ -35,7 +35,8 @@ class JsonFile:
     """
 
     def __init__(self, path: str | None) -> None:
-        self._path = Path(path).absolute() if path is not None else None
+        # A link stays one: what it leads to is written.
+        self._path = Path(path).resolve() if path is not None else None
 
     def __enter__(self) -> Self:
         if self._path is None:

@@ -99,7 +99,8 @@ class Tokenizer:
         found: set[int] = set()
         for name in ("generation_config.json", "config.json"):
             values = _read_object(self.folder / name)
-            for part in (values, values.get("text_config") or {}):
+            inner = values.get("text_config")
+            for part in (values, inner if isinstance(inner, dict) else {}):
                 found.update(_ids(part.get("eos_token_id"), self.folder / name))
         eos_token = self._special_tokens.get("eos_token")
         if eos_token is not None:

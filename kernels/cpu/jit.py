@@ -7,14 +7,19 @@ meaning (no nnan, no ninf): the engine looks for them.
 The first run on a machine compiles for some seconds, and says so on stderr.
 """
 
+import hashlib
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from numba import njit
 from numba.core import event
 
 FAST = {"reassoc", "contract", "nsz", "arcp"}
+_SOURCES = hashlib.sha256(
+    b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py")))
+).hexdigest()[:12]
 
 
 def jit(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -26,6 +31,9 @@ def jit(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _compiled(function: Callable[..., Any], cache: bool) -> Callable[..., Any]:
+    # Numba keeps a kernel under its name and looks for changes in its own file only; a kernel is
+    # made of the others too, of the dot products above all.
+    function.__qualname__ += f"_{_SOURCES}"
     return njit(function, cache=cache, fastmath=FAST, nogil=True, error_model="numpy")
 
 

@@ -65,8 +65,9 @@ def bench(**options: Any) -> None:
                 check_prompt(ids, config)
             except PromptError as error:
                 raise PromptError(f"prompt {name!r}: {error}") from error
-        context = max(map(len, tokens.values())) + options["max_tokens"]
-        loaded = session.load(options, context, max(budgets), console)
+        longest = max(map(len, tokens.values()))
+        context = longest + options["max_tokens"]
+        loaded = session.load(options, longest, context, max(budgets), console)
 
         def run(prompt: "Prompt", budget: int) -> "Result":
             result = generate(

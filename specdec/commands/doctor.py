@@ -31,11 +31,14 @@ def doctor(**options: Any) -> None:
     console = Console(options["quiet"])
 
     from specdec.commands import session
-    from specdec.draft.doctor import TEXT, examine
+    from specdec.draft.doctor import CHUNK, TEXT, examine
+    from specdec.generation import check_prompt
 
-    tokenizer, _ = session.door(options)
+    tokenizer, config = session.door(options)
     tokens = tokenizer.encode(TEXT)
-    loaded = session.load(options, len(tokens), 2, console)
+    check_prompt(tokens, config)
+    # Logits of a whole chunk are looked at, as of a tree of that many rows.
+    loaded = session.load(options, len(tokens), len(tokens) + 1, CHUNK, console)
     engine = loaded.engine
     assert engine.draft is not None
     found = examine(

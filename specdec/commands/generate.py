@@ -1,5 +1,6 @@
 """`specdec generate`: one prompt, its text streamed, then what it took."""
 
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -10,7 +11,7 @@ import click
 
 from specdec.commands.console import Console
 from specdec.commands.options import MAX_BUDGET, model_options, tree_option
-from specdec.errors import DisagreementError, PromptError
+from specdec.errors import DisagreementError, PromptError, SpecdecError
 
 if TYPE_CHECKING:
     from specdec.generation import Request, Result
@@ -66,7 +67,8 @@ def generate(**options: Any) -> None:
         tokenizer, config = session.door(options)
         text, tokens = _encode(tokenizer, prompt, options)
         check_prompt(tokens, config)
-        loaded = session.load(options, len(tokens) + options["max_tokens"], budget, console)
+        context = len(tokens) + options["max_tokens"]
+        loaded = session.load(options, len(tokens), context, budget, console)
         request = Request(
             prompt_tokens=tokens,
             budget=budget,
@@ -89,6 +91,8 @@ def generate(**options: Any) -> None:
 
 def _check(options: dict[str, Any]) -> None:
     """Refuse options that contradict each other, before any work."""
+    if sys.stdout is None:
+        raise SpecdecError("standard output is closed, and the text goes there")
     if options["prompt"] is not None and options["prompt_file"] is not None:
         raise click.UsageError("--prompt and --prompt-file exclude each other.")
     if options["raw"] and options["system"] is not None:
@@ -103,17 +107,22 @@ def _prompt(options: dict[str, Any]) -> str:
     """The prompt as the user gave it."""
     try:
         if options["prompt_file"] is not None:
-            text = Path(options["prompt_file"]).read_text(encoding="utf-8")
+            text = Path(options["prompt_file"]).read_bytes().decode()  # line ends as they are
         elif options["prompt"] == "-":
+            if sys.stdin is None:
+                raise PromptError("standard input is closed, and --prompt - reads it")
             text = sys.stdin.buffer.read().decode()
         elif options["prompt"] is not None:
             text = options["prompt"]
+            text.encode()  # fails where the argument was not text in the locale's encoding
         elif options["model"] is None:
             text = DEMO_PROMPT
         else:
             raise PromptError("no prompt: give --prompt TEXT, --prompt - or --prompt-file FILE")
-    except (OSError, UnicodeDecodeError) as error:
-        raise PromptError(f"{options['prompt_file'] or 'standard input'}: {error}") from error
+    except (OSError, UnicodeError) as error:
+        from_argument = options["prompt"] not in (None, "-")
+        source = "--prompt" if from_argument else options["prompt_file"] or "standard input"
+        raise PromptError(f"{source}: {error}") from error
     if not text:
         raise PromptError("the prompt is empty")
     return text
@@ -151,8 +160,15 @@ def _encode(
 
 
 def _to_stdout(text: str) -> None:
-    click.echo(text, nl=False)
-    sys.stdout.flush()
+    try:
+        click.echo(text, nl=False)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        # What could not be written would be tried again, and fail again, at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SpecdecError(f"standard output cannot be written: {error.strerror}") from error
 
 
 def _run(

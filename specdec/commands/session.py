@@ -14,7 +14,9 @@ if TYPE_CHECKING:
     from specdec.tokenizer import Tokenizer
 
 
-def settings(options: Mapping[str, Any], context: int, budget: int) -> "Settings":
+def settings(
+    options: Mapping[str, Any], context: int, budget: int, prompt: int | None = None
+) -> "Settings":
     """The load settings among a command's options."""
     from specdec.load import Settings
 
@@ -27,6 +29,7 @@ def settings(options: Mapping[str, Any], context: int, budget: int) -> "Settings
         prefill_chunk=options["prefill_chunk"],
         context=context,
         budget=budget,
+        prompt=prompt,
     )
 
 
@@ -43,12 +46,18 @@ def door(options: Mapping[str, Any]) -> "tuple[Tokenizer, TargetConfig]":
     return Tokenizer.open(target), config
 
 
-def load(options: Mapping[str, Any], context: int, budget: int, console: Console) -> "Loaded":
-    """Load the pair; the plan is printed before."""
+def load(
+    options: Mapping[str, Any],
+    prompt: int,
+    context: int,
+    budget: int,
+    console: Console,
+) -> "Loaded":
+    """Load the pair for prompts of `prompt` tokens; the plan is printed before."""
     from specdec.load import load as load_pair
 
     loaded = load_pair(
-        settings(options, context, budget),
+        settings(options, context, budget, prompt),
         on_plan=lambda plan: console.say(plan_text(plan)),
         on_progress=console.progress("loading pinned experts:"),
     )
@@ -57,6 +66,9 @@ def load(options: Mapping[str, Any], context: int, budget: int, console: Console
             "note: on this device MLX computes one row and several rows with different kernels; "
             "the tokens may differ from those of --budget 1 (--compare tells)"
         )
+    slots = loaded.engine.draft.config.slots if loaded.engine.draft is not None else 0
+    if options.get("tree") == "chain" and 1 <= slots < budget:
+        console.note(f"note: a chain has at most {slots} nodes, the slots of this draft's block")
     return loaded
 
 
