@@ -84,7 +84,7 @@ class MetalKernel:
         x, y, z = threadgroup
         if not 0 < x * y * z <= MAX_THREADS:
             raise ValueError(
-                f"kernel {self.name}: threadgroup {threadgroup}, expected 1 to {MAX_THREADS} threads"
+                f"kernel {self.name}: threadgroup {threadgroup}, expected 1 to {MAX_THREADS}"
             )
         if grid[0] % x or grid[1] % y or grid[2] % z or 0 in grid:
             raise ValueError(

@@ -35,7 +35,7 @@ def compiler() -> str | None:
 
 
 def built(program: str, sanitize: Sanitize) -> Path:
-    """The executable of a program. RuntimeError with the compiler's words if it does not compile."""
+    """The executable of a program; RuntimeError with the compiler's words if it is no C++."""
     found = compiler()
     assert found is not None, "no g++ here"
     flags = (*FLAGS, *SANITIZERS[sanitize])

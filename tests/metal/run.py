@@ -18,7 +18,7 @@ from tests.metal.msl import Msl
 
 Order: TypeAlias = Literal["forward", "reverse"]
 
-# The first line that says what a sanitizer found, and the last that says where.
+# what a sanitizer found
 FOUND = re.compile(
     r"(ERROR: AddressSanitizer: .*|WARNING: ThreadSanitizer: .*|kernel\.metal:.*runtime error.*)"
 )
@@ -144,7 +144,7 @@ def _buffers(msl: Msl, inputs: list[mx.array], outputs: list[np.ndarray]) -> lis
             last = waiting.pop(0)
             data = _numpy(last)
         contents.append(data.tobytes())
-    assert not waiting and not results, "the kernel's text is of another launch"
+    assert not waiting + results, "the kernel's text is of another launch"
     return contents
 
 
@@ -159,7 +159,7 @@ def _words(code: int, errors: str, text: str) -> str:
         summary = errors.strip() or f"ended by signal {-code}"
     else:
         where = re.findall(r"kernel\.metal:(\d+)", errors)
-        summary = found[1] + (f" in line {where[0]}" if where else "")
+        summary = re.sub(r" \(pid=\d+\)", "", found[1]) + (f" in line {where[0]}" if where else "")
         if code == 66 and len(where) > 1:
             other = next((line for line in where[1:] if line != where[0]), where[0])
             summary += f" and in line {other}"

@@ -1,0 +1,70 @@
+"""Cuda: a kernel's text as MLX would give it to NVIDIA's compiler.
+
+MLX shows this text only where it has a CUDA device, so its wrapping is repeated here. MLX's own
+utils.cuh, of which the kernels use nothing, is replaced by the headers of the toolkit it includes.
+"""
+
+from collections.abc import Sequence
+
+import mlx.core as mx
+
+from specdec.kernels.metal import MetalKernel, Template
+
+TYPES = {
+    mx.bool_: "bool",
+    mx.int8: "int8_t",
+    mx.int16: "int16_t",
+    mx.int32: "int32_t",
+    mx.int64: "int64_t",
+    mx.uint8: "uint8_t",
+    mx.uint16: "uint16_t",
+    mx.uint32: "uint32_t",
+    mx.uint64: "uint64_t",
+    mx.float16: "__half",
+    mx.bfloat16: "__nv_bfloat16",
+    mx.float32: "float",
+}
+
+PRELUDE = """#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda/std/array>
+#include <cuda/std/limits>
+#include <cooperative_groups.h>
+#define inf cuda::std::numeric_limits<float>::infinity()
+"""
+OPENING = """namespace mlx::core::cu {
+using Shape = cuda::std::array<int32_t, 10>;
+using Strides = cuda::std::array<int64_t, 10>;
+namespace cg = cooperative_groups;
+"""
+
+
+def cuda_source(
+    kernel: MetalKernel,
+    input_dtypes: Sequence[mx.Dtype],
+    output_dtypes: Sequence[mx.Dtype],
+    template: Template | None = None,
+) -> str:
+    """The CUDA text of a kernel whose inputs have at least one dimension each."""
+    parameters = []
+    for name, dtype in zip(kernel.inputs, input_dtypes, strict=True):
+        parameters.append(f"const {TYPES[dtype]}* {name}")
+        for suffix, type_ in (("shape", "Shape"), ("strides", "Strides"), ("ndim", "int")):
+            if f"{name}_{suffix}" in kernel.body:
+                parameters.append(f"const __grid_constant__ {type_} {name}_{suffix}")
+    for name, dtype in zip(kernel.outputs, output_dtypes, strict=True):
+        parameters.append(f"{TYPES[dtype]}* {name}")
+    arguments = template or {}
+    constants = "".join(_constant(name, arguments[name]) for name in kernel.template)
+    return (
+        f"{PRELUDE}{kernel.header('cuda')}{OPENING}"
+        f"__global__ void custom_kernel_{kernel.name}({', '.join(parameters)}) {{\n"
+        f"{constants}{kernel.body}\n}}\n}}\n"
+    )
+
+
+def _constant(name: str, value: int | bool | mx.Dtype) -> str:
+    if isinstance(value, mx.Dtype):
+        return f"using {name} = {TYPES[value]};\n"
+    kind = "bool" if isinstance(value, bool) else "int"
+    return f"constexpr {kind} {name} = {str(value).lower()};\n"

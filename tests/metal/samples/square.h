@@ -1,0 +1,4 @@
+// value * value
+HELPER float square(float value) {
+  return value * value;
+}
