@@ -6,7 +6,7 @@ first call. Refused: a launch that is not made of whole threadgroups, since the 
 run different threads; machines without a GPU.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from importlib.resources import files
@@ -102,8 +102,8 @@ class MetalKernel:
         vocabulary = (_here() / f"{platform}.h").read_text()
         return definitions(vocabulary, helpers + self.body) + helpers
 
-    def on_metal(self) -> Callable[..., Any]:
-        """The kernel as MLX runs it on Apple GPUs."""
+    def on_metal(self) -> Any:
+        """What MLX calls on Apple GPUs; it can be made anywhere."""
         return mx.fast.metal_kernel(
             name=self.name,
             input_names=self.inputs,
@@ -112,8 +112,8 @@ class MetalKernel:
             header=self.header("metal"),
         )
 
-    def on_cuda(self) -> Callable[..., Any]:
-        """The kernel as MLX runs it on NVIDIA GPUs."""
+    def on_cuda(self) -> Any:
+        """What MLX calls on NVIDIA GPUs; MLX makes it only where there is one."""
         return mx.fast.cuda_kernel(
             name=self.name,
             input_names=self.inputs,
@@ -123,7 +123,7 @@ class MetalKernel:
         )
 
     @cached_property
-    def _on_gpu(self) -> Callable[..., Any]:
+    def _on_gpu(self) -> Any:
         if mx.metal.is_available():
             return self.on_metal()
         if mx.cuda.is_available():

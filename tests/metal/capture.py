@@ -29,12 +29,13 @@ def source_for(
 ) -> str:
     """The MSL of one launch, of a MetalKernel or of what mx.fast.metal_kernel returned."""
     arguments = list((template or {}).items())
+    called: Any = kernel
     if isinstance(kernel, MetalKernel):
         arguments = kernel.check(inputs, grid, threadgroup, template or {})
-        kernel = kernel.on_metal()
+        called = kernel.on_metal()
 
-    def launch(*arrays: mx.array) -> list[mx.array]:
-        return kernel(
+    def launch(*arrays: mx.array) -> Any:
+        return called(
             inputs=arrays,
             output_shapes=output_shapes,
             output_dtypes=output_dtypes,

@@ -135,11 +135,12 @@ def _buffers(msl: Msl, inputs: list[mx.array], outputs: list[np.ndarray]) -> lis
             data = results.pop(0)
         elif kind in ("shape", "strides", "ndim") and _describes(msl, buffer.name):
             strides = np.cumprod([1, *last.shape[:0:-1]])[::-1]
-            data = {
+            described: dict[str, np.ndarray] = {
                 "shape": np.array(last.shape, np.int32),
                 "strides": np.array(strides, np.int64),
                 "ndim": np.array(last.ndim, np.int32),
-            }[kind]
+            }
+            data = described[kind]
         else:
             last = waiting.pop(0)
             data = _numpy(last)

@@ -184,7 +184,6 @@ def test_what_is_no_kernel_does_not_compile(run):
 
 def test_launches_that_cannot_be_meant_are_refused(tmp_path):
     kernel = MetalKernel("broken", ("x",), ("out",), ("N",), folder=tmp_path)
-    launch = {"output_shapes": [(1,)], "output_dtypes": [mx.float32]}
     for inputs, grid, threadgroup, template, words in [
         ([X], (33, 1, 1), (32, 1, 1), {"N": 1}, "not made of whole threadgroups"),
         ([X], (2048, 1, 1), (2048, 1, 1), {"N": 1}, "expected 1 to 1024"),
@@ -192,4 +191,4 @@ def test_launches_that_cannot_be_meant_are_refused(tmp_path):
         ([X], (32, 1, 1), (32, 1, 1), {"M": 1}, "template arguments M, expected N"),
     ]:
         with pytest.raises(ValueError, match=words):
-            kernel(inputs, grid=grid, threadgroup=threadgroup, template=template, **launch)
+            kernel(inputs, [(1,)], [mx.float32], grid, threadgroup, template)

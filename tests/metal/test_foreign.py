@@ -58,7 +58,7 @@ def test_gated_delta_kernels_of_mlx_lm(
         threadgroup,
         {**template, "Hk": key_heads, "Hv": value_heads},
     )
-    wide = [x.astype(mx.float32) for x in (q, k, v, g, beta)]
-    y_expected, state_expected = gated_delta.gated_delta_ops(*wide, state)
+    q, k, v, beta = (x.astype(mx.float32) for x in (q, k, v, beta))
+    y_expected, state_expected = gated_delta.gated_delta_ops(q, k, v, g, beta, state)
     np.testing.assert_allclose(y, np.array(y_expected), rtol=tolerance, atol=tolerance)
     np.testing.assert_allclose(new_state, np.array(state_expected), rtol=1e-5, atol=1e-5)

@@ -4,14 +4,15 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from specdec.kernels.metal import MetalKernel
 from tests.metal.build import compiler
-from tests.metal.run import run_msl, through_shim
+from tests.metal.run import Order, run_msl, through_shim
 from tests.metal.samples import RMS_NORM, ROW_SUM, WORDS
 
 pytestmark = pytest.mark.skipif(compiler() is None, reason="g++ is not installed")
 
 DTYPES = {mx.float32: 2e-6, mx.float16: 1e-3, mx.bfloat16: 8e-3}  # rounding of one result
-ORDERS = ("forward", "reverse")
+ORDERS: tuple[Order, ...] = ("forward", "reverse")
 
 
 def random(shape, dtype, seed=0):
@@ -27,7 +28,7 @@ def exact(x):
 @pytest.mark.parametrize(("rows", "columns", "threads"), [(1, 1, 32), (3, 77, 64), (5, 1001, 256)])
 def test_row_sum(rows, columns, threads, dtype):
     x = random((rows, columns), dtype)
-    outputs = [
+    forward, reverse = (
         run_msl(
             ROW_SUM,
             [x, mx.array([columns])],
@@ -39,10 +40,10 @@ def test_row_sum(rows, columns, threads, dtype):
             order=order,
         )[0]
         for order in ORDERS
-    ]
-    np.testing.assert_array_equal(*outputs)
+    )
+    np.testing.assert_array_equal(forward, reverse)
     scale = np.abs(exact(x)).sum(1).max()
-    np.testing.assert_allclose(outputs[0], exact(x).sum(1), rtol=0, atol=DTYPES[dtype] * scale)
+    np.testing.assert_allclose(forward, exact(x).sum(1), rtol=0, atol=DTYPES[dtype] * scale)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -118,8 +119,6 @@ def words() -> np.ndarray:
 
 def test_half_and_bfloat_round_like_mlx(tmp_path):
     """All operations on pairs of numbers, subnormal, huge, infinite and NaN ones among them."""
-    from specdec.kernels.metal import MetalKernel
-
     (tmp_path / "pairs.metal").write_text(
         "uint i = thread_position_in_grid.x;\n"
         "out[4 * i] = a[i] + b[i];\nout[4 * i + 1] = a[i] - b[i];\n"
@@ -140,8 +139,6 @@ def test_half_and_bfloat_round_like_mlx(tmp_path):
 @pytest.mark.parametrize("attribute", ["x", "y", "z"])
 def test_thread_attributes_at_the_edges_of_a_grid(attribute, tmp_path):
     """A grid of (5, 3, 2) threads in groups of (4, 2, 1), as Apple GPUs cut it."""
-    from specdec.kernels.metal import MetalKernel
-
     names = ["thread_position_in_grid", "thread_position_in_threadgroup", "threads_per_grid"]
     names += ["threadgroup_position_in_grid", "threads_per_threadgroup", "threadgroups_per_grid"]
     names += ["dispatch_threads_per_threadgroup"]
