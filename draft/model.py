@@ -23,7 +23,7 @@ from specdec.draft.candidates import top_candidates
 from specdec.draft.config import DraftConfig
 from specdec.draft.weights import DraftWeights, LayerWeights
 from specdec.errors import NonFiniteError
-from specdec.kernels.array import Array, Backend, all_finite, is_numpy
+from specdec.kernels.array import Array, Backend, finite_rows, is_numpy
 from specdec.kernels.block_attention import block_attention
 from specdec.kernels.linear import embed, linear
 from specdec.kernels.norm import rms_norm, swiglu
@@ -128,7 +128,7 @@ class Draft:
             x = self._attend(x, layer, cache, *seen)
             h = rms_norm(x, layer.post_norm, config.rms_norm_eps)
             x = x + linear(swiglu(linear(h, layer.gate), linear(h, layer.up)), layer.down)
-            if probe and not all_finite(x):
+            if probe and not finite_rows(x).all():
                 raise NonFiniteError(f"NaN or Inf first appears in layer {i} of the draft")
         return x[1:]
 

@@ -143,6 +143,8 @@ def evaluate(*arrays: Array) -> None:
     mx.eval([array for array in arrays if not is_numpy(array)])
 
 
-def all_finite(x: Array) -> bool:
-    """Whether x has no NaN and no Inf."""
-    return bool(np.isfinite(x).all()) if is_numpy(x) else bool(mx.isfinite(x).all().item())
+def finite_rows(x: Array) -> np.ndarray:
+    """bool [rows]: which rows of x [rows, n] have no NaN and no Inf."""
+    if is_numpy(x):
+        return np.isfinite(x).all(axis=-1)
+    return np.array(mx.isfinite(x).all(axis=-1))

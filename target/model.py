@@ -7,13 +7,13 @@ between the two leaves the session as it was.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Self
+from typing import NoReturn, Self
 
 import numpy as np
 
 from specdec.checkpoint import Checkpoint
 from specdec.errors import NonFiniteError
-from specdec.kernels.array import Array, Backend, all_finite, concatenate, evaluate, to_numpy
+from specdec.kernels.array import Array, Backend, concatenate, evaluate, finite_rows, to_numpy
 from specdec.kernels.layout import TreeLayout
 from specdec.kernels.linear import embed, linear
 from specdec.kernels.norm import rms_norm
@@ -111,7 +111,7 @@ class Target:
     def reset(self) -> None:
         """Forget all tokens."""
         self.state = State(self.config, self.backend)
-        self._pending: TreePass | None = None
+        self._pending: tuple[TreePass, DraftTree, np.ndarray] | None = None
 
     @property
     def length(self) -> int:
@@ -131,26 +131,35 @@ class Target:
         logits = self._logits(hidden if all_logits else hidden[-1:])
         evaluate(logits, taps)
         # The logits are the last row's alone; the taps, and later the keys, are every row's.
-        self._check_finite((hidden, logits), rows, this)
+        if not (finite_rows(hidden).all() and finite_rows(logits).all()):
+            self._refuse(rows, this)
         this.commit()
         self._count(this, slice(None))
         return Output(logits, taps)
 
     def verify(self, tree: DraftTree) -> Output:
-        """Run all rows of a tree after the committed tokens; commits nothing."""
+        """Run all rows of a tree after the committed tokens; commits nothing.
+
+        Logits may be NaN or Inf in rows that a draft alone led to: commit looks at its path.
+        """
         self._pending = None
         this = TreePass(self.state, TreeLayout(tree.parents))
         hidden, taps = self._forward(tree.tokens, this)
         logits = self._logits(hidden)
         evaluate(logits, taps, *this.arrays())
-        self._check_finite((logits,), tree.tokens, this)
-        self._pending = this
+        self._pending = this, tree, finite_rows(logits)
         return Output(logits, taps)
 
     def commit(self, path: Sequence[int]) -> None:
-        """Make a path of the verified tree (rows, the root first) part of the state."""
+        """Make a path of the verified tree (rows, the root first) part of the state.
+
+        NonFiniteError, and nothing committed, where a row of the path met NaN or Inf.
+        """
         assert self._pending is not None, "commit without a verified tree"
-        this, self._pending = self._pending, None
+        (this, tree, finite), self._pending = self._pending, None
+        if not finite[list(path)].all():
+            rows = tree.tokens[list(path)]
+            self._refuse(rows, TreePass(self.state, TreeLayout.chain(len(rows))))
         this.commit(list(path))
         self._count(this, list(path))
 
@@ -161,17 +170,17 @@ class Target:
         """
         eps = self.config.rms_norm_eps
         x = embed(tokens, self.embedding)
-        if probe and not all_finite(x):
+        if probe and not finite_rows(x).all():
             raise NonFiniteError("NaN or Inf in the token embeddings")
         tapped: dict[int, Array] = {}
         for i, layer in enumerate(self.layers):
             x = x + layer.mixer(rms_norm(x, layer.input_norm, eps), this)
-            if probe and not all_finite(x):
+            if probe and not finite_rows(x).all():
                 raise NonFiniteError(
                     f"NaN or Inf first appears in layer {i} ({self.config.layer_types[i]})"
                 )
             x = x + layer.mlp(rms_norm(x, layer.post_norm, eps), this)
-            if probe and not all_finite(x):
+            if probe and not finite_rows(x).all():
                 raise NonFiniteError(f"NaN or Inf first appears in layer {i} (feed-forward)")
             if i in self.taps:
                 tapped[i] = x
@@ -182,10 +191,8 @@ class Target:
         """[rows, hidden] -> [rows, vocab]."""
         return linear(rms_norm(hidden, self.norm, self.config.rms_norm_eps), self.head)
 
-    def _check_finite(self, found: tuple[Array, ...], tokens: np.ndarray, this: Pass) -> None:
-        """Stop on NaN or Inf, saying where it began; nothing of this pass is committed yet."""
-        if all(all_finite(values) for values in found):
-            return
+    def _refuse(self, tokens: np.ndarray, this: Pass) -> NoReturn:
+        """Say where NaN or Inf began, by running a pass again; nothing of it is committed."""
         self._forward(tokens, this.again(), probe=True)
         raise NonFiniteError("NaN or Inf first appears in the logits (final norm or head)")
 
