@@ -5,6 +5,7 @@ import hashlib
 import os
 import shutil
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 from typing import Literal, TypeAlias
@@ -30,8 +31,8 @@ SANITIZERS: dict[str | None, tuple[str, ...]] = {
 
 
 def compiler() -> str | None:
-    """Where g++ is, if it is."""
-    return shutil.which("g++")
+    """Where g++ is, if it is; on macOS the name means another compiler."""
+    return shutil.which("g++") if sys.platform == "linux" else None
 
 
 def built(program: str, sanitize: Sanitize) -> Path:
