@@ -100,8 +100,8 @@ class Draft:
             first = count - cache.rows_to_keep(count)
             keys, values = self._keys_values(layer, context[first:], self._length + first)
             cache.append(keys, values, self._length + first)
-        self._length += count
         mx.async_eval([a for cache in self._caches for a in cache.arrays if not is_numpy(a)])
+        self._length += count  # last: after an error the same rows can be given again
 
     def propose(self, bonus: int, width: int) -> Block:
         """Draft the block after the bonus token: block_size - 1 slots of the `width` best tokens.

@@ -12,7 +12,7 @@ from specdec.choose import greedy
 from specdec.draft.model import Draft
 from specdec.errors import SpecdecError
 from specdec.interrupt import Interrupts
-from specdec.kernels.array import Array
+from specdec.kernels.array import Array, concatenate
 from specdec.round import PhaseSeconds, Prefill, Round
 from specdec.target.model import Target
 from specdec.tree.block import Block
@@ -48,7 +48,7 @@ class Engine:
             self.draft.reset()
         self._bonus: int | None = None
         self._drafting = False
-        self._untold: Array | None = None  # taps of committed tokens the draft does not know of
+        self._untold: list[Array] = []  # taps of committed tokens the draft does not know of
 
     def prefill(
         self,
@@ -63,7 +63,9 @@ class Engine:
         for done in range(0, len(tokens), self.prefill_chunk):
             chunk = tokens[done : done + self.prefill_chunk]
             output = self.target.prefill(chunk)
-            self._tell_draft(output.taps)
+            if self._drafting:
+                self._untold.append(output.taps)
+                self._tell_draft()
             if on_progress is not None:
                 on_progress(done + len(chunk), len(tokens))
         self._bonus = int(self.choose(output.logits)[0])
@@ -82,10 +84,12 @@ class Engine:
         output = self.target.verify(tree)
         path, bonus = walk(tree, self.choose(output.logits))
         times.append(perf_counter())
+        taps = output.taps[self.target.backend.index(path)]
         with Interrupts():  # a round is committed as a whole or not at all
             self.target.commit(path)
             self._bonus = bonus
-            self._tell_draft(output.taps[self.target.backend.index(path)])
+            if self._drafting:
+                self._untold.append(taps)
         times.append(perf_counter())
         draft, built, verify, commit = np.diff(times).tolist()
         return Round(tree, path, bonus, PhaseSeconds(draft, built, verify, commit))
@@ -94,14 +98,16 @@ class Engine:
         if self.draft is None or not self._drafting:
             raise SpecdecError(f"budget {budget} needs a draft model; budget 1 does not")
         assert self._bonus is not None
-        if self._untold is not None:  # the last round failed after its commit
-            self._tell_draft(self._untold)
+        self._tell_draft()
         assert self.draft.length == self.target.length
         return self.draft.propose(self._bonus, budget)
 
-    def _tell_draft(self, taps: Array) -> None:
-        """Extend the draft's context by the taps [n, taps * hidden] of committed tokens."""
-        if self.draft is not None and self._drafting:
-            self._untold = taps
-            self.draft.extend(taps)
-            self._untold = None
+    def _tell_draft(self) -> None:
+        """Extend the draft's context by what was committed since it last drafted.
+
+        Part of drafting, not of the commit: after an error in it the round can be run again.
+        """
+        if self._untold:
+            assert self.draft is not None
+            self.draft.extend(concatenate(self._untold))
+            self._untold.clear()

@@ -133,8 +133,8 @@ class Target:
         # The logits are the last row's alone; the taps, and later the keys, are every row's.
         if not (finite_rows(hidden).all() and finite_rows(logits).all()):
             self._refuse(rows, this)
-        this.commit()
         self._count(this, slice(None))
+        this.commit()
         return Output(logits, taps)
 
     def verify(self, tree: DraftTree) -> Output:
@@ -160,8 +160,8 @@ class Target:
         if not finite[list(path)].all():
             rows = tree.tokens[list(path)]
             self._refuse(rows, TreePass(self.state, TreeLayout.chain(len(rows))))
-        this.commit(list(path))
         self._count(this, list(path))
+        this.commit(list(path))  # last: after it nothing can fail, and before it nothing is done
 
     def _forward(self, tokens: np.ndarray, this: Pass, probe: bool = False) -> tuple:
         """Hidden rows after the last layer [rows, hidden], and the taps [rows, taps * hidden].

@@ -175,7 +175,6 @@ def test_a_real_draft_changes_no_token(family, backend, targets, folders, tmp_pa
             engine = Engine(target, draft)
             tokens, rounds = run(engine, PROMPT, budget, kind, 16)
             assert tokens == truth
-            assert draft.length == target.length
             nodes = min(budget, config.block_size - 1) if kind == "chain" else budget
             assert all(r.tree.rows == nodes + 1 for r in rounds)
 
@@ -268,14 +267,10 @@ def test_an_error_amid_a_round_leaves_the_session_usable(
             patch.setattr(engine.draft, "extend", stumble)
         with pytest.raises(error):
             engine.step(6)
-    if where == "tell":  # the round was committed; only the draft does not know of it yet
-        tokens = [*truth[: target.length - len(PROMPT) + 1]]
-    else:
-        assert state_bytes(target) == before
+    assert state_bytes(target) == before
     while len(tokens) < 20:
         tokens.extend(engine.step(6).tokens)
     assert tokens[:20] == truth[:20]
-    assert engine.draft.length == target.length
 
 
 @each_exact_backend
