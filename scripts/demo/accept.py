@@ -155,6 +155,7 @@ def main() -> None:
     args = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     kind = torch.bfloat16 if device == "cuda" else torch.float32
+    torch.set_float32_matmul_precision("high")
     target = export.load(args.target, kind, device)
     draft = load_draft(args.draft, kind, device).eval()
     tokenizer = Tokenizer.from_file(str(args.target / "tokenizer.json"))

