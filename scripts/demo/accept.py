@@ -4,7 +4,8 @@ The target continues every prompt greedily; since that text is what a verifier w
 round can be replayed offline: draft at the round's anchor, grow the tree, count how deep the text
 stays inside it, jump. Prints and writes, per prompt class: first-slot agreement over all
 positions, hit rate per slot, and for the chain and several budgets the mean tokens a round (bonus
-counted) with the share of rounds that reach each depth.
+counted) with the share of rounds that reach each depth. ``_fresh`` classes count only the text
+before a response first repeats eight of its own tokens.
 """
 
 from __future__ import annotations
@@ -87,6 +88,17 @@ def replay(
     return depths
 
 
+def fresh_end(tokens: list[int], size: int, end: int, gram: int = 8) -> int:
+    """Where a response first repeats ``gram`` tokens of itself, or its end."""
+    seen: set[tuple[int, ...]] = set()
+    for i in range(size, end - gram):
+        piece = tuple(tokens[i : i + gram])
+        if piece in seen:
+            return i
+        seen.add(piece)
+    return end
+
+
 def summary(depths: list[list[int]], slots: int) -> dict[str, object]:
     rounds = [d for row in depths for d in row]
     means = [sum(row) / len(row) + 1 for row in depths if row]
@@ -106,6 +118,7 @@ def measure(
     depths: dict[tuple[str, int], list[list[int]]] = defaultdict(list)
     hits: dict[str, list[Tensor]] = defaultdict(list)
     looping: dict[str, list[bool]] = defaultdict(list)
+    tokens: dict[str, int] = defaultdict(int)
     for first in range(0, len(rows), batch):
         part, lengths = rows[first : first + batch], size[first : first + batch]
         real = len(part)
@@ -118,21 +131,26 @@ def measure(
         loop = loops(done.cpu().numpy(), lengths.cpu().numpy(), end.cpu().numpy())
         text, lp, top = done.tolist(), logp.tolist(), ids.tolist()
         for i in range(real):
-            kind, low, high = kinds[first + i], int(lengths[i]), int(end[i])
-            looping[kind].append(bool(loop[i]))
-            at = torch.arange(low, high - slots, device=rows.device)
-            if len(at):
+            low, high = int(lengths[i]), int(end[i])
+            looping[kinds[first + i]].append(bool(loop[i]))
+            for kind, stop in (
+                (kinds[first + i], high),
+                (kinds[first + i] + "_fresh", fresh_end(text[i], low, high)),
+            ):
+                at = torch.arange(low, max(low, stop - slots), device=rows.device)
                 ahead = done[i][at.unsqueeze(1) + torch.arange(1, slots + 1, device=rows.device)]
                 hits[kind].append((ids[i, at, :, 0] == ahead).float())
-            for budget in [0, *budgets]:
-                depths[kind, budget].append(
-                    replay(text[i], lp[i], top[i], low, high, budget))
+                tokens[kind] += stop - low
+                for budget in [0, *budgets]:
+                    depths[kind, budget].append(replay(text[i], lp[i], top[i], low, stop, budget))
     report: dict[str, object] = {}
-    for kind in dict.fromkeys(kinds):
+    for kind in hits:
+        plain = kind.removesuffix("_fresh")
         rate = torch.cat(hits[kind]).mean(0).tolist()
         report[kind] = {
-            "prompts": kinds.count(kind),
-            "looping_share": round(sum(looping[kind]) / len(looping[kind]), 3),
+            "prompts": kinds.count(plain),
+            "tokens": tokens[kind],
+            "looping_share": round(sum(looping[plain]) / len(looping[plain]), 3),
             "first_slot_agreement": round(rate[0], 3),
             "hits_per_slot": [round(r, 3) for r in rate],
             "chain": summary(depths[kind, 0], slots),

@@ -101,7 +101,8 @@ def load(folder: Path, dtype: torch.dtype, device: str) -> Target:
     stored: dict[str, Tensor] = {}
     for file in sorted(folder.glob("model-*.safetensors")):
         with safe_open(file, "pt") as handle:
-            stored |= {k.removeprefix(PREFIX): handle.get_tensor(k) for k in handle.keys()}
+            names = list(handle.keys())
+            stored |= {k.removeprefix(PREFIX): handle.get_tensor(k) for k in names}
     model = Target(cfg, dtype)
     bits = {name: m.bits for name, m in model.named_modules() if isinstance(m, Weight)}
     state: dict[str, Tensor] = {}
