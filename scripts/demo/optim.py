@@ -57,7 +57,8 @@ class Optimiser:
     """
 
     def __init__(self, model: nn.Module, muon_lr: float, adam_lr: float, decay: float) -> None:
-        matrices, rest = [], []
+        matrices: list[nn.Parameter] = []
+        rest: list[nn.Parameter] = []
         for name, p in model.named_parameters():
             inner = p.ndim >= 2 and min(p.shape[-2:]) > 8
             edge = any(part in name for part in ("embed_tokens", "lm_head", "mlp.gate."))
