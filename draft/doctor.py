@@ -55,14 +55,12 @@ def examine(
     draft: Draft,
     tokens: Sequence[int],
     positions: int = 200,
-    mask_ids: Sequence[int] = PUBLISHED_MASK_IDS,
     thorough: bool = False,
     on_progress: Callable[[str], None] | None = None,
 ) -> Diagnosis:
     """Measure a pair on a text, and look for the cause where it is below diagnosis.MINIMUM.
 
     tokens: the text, `TEXT` encoded for instance; the last `positions` of them are measured.
-    mask_ids: mask tokens to try instead of the configured one.
     thorough: look for something better even if the pair fits.
     on_progress: told what is being measured.
     Leaves target and draft without tokens. PairingError if the configs already do not match,
@@ -80,7 +78,7 @@ def examine(
     if found.fits and not thorough:
         return found
     trials = []
-    for change, meaning, variant, ids in _variants(draft, target.config.num_layers, mask_ids):
+    for change, meaning, variant, ids in _variants(draft, target.config.num_layers):
         tell(change)
         trials.append(Trial(change, meaning, lesson.measure(variant, ids, 1)[0]))
     return replace(found, trials=tuple(trials))
@@ -135,9 +133,7 @@ class _Lesson:
         return tuple(Agreement(*counts) for counts in zip(hits, seen, strict=True))
 
 
-def _variants(
-    draft: Draft, layers: int, mask_ids: Sequence[int]
-) -> Iterator[tuple[str, str, Draft, tuple[int, ...]]]:
+def _variants(draft: Draft, layers: int) -> Iterator[tuple[str, str, Draft, tuple[int, ...]]]:
     """The suspects: (change, what is wrong if it helps, changed draft, layers tapped)."""
     config, ids = draft.config, draft.config.target_layer_ids
 
@@ -180,7 +176,7 @@ def _variants(
                 draft,
                 moved,
             )
-    for mask in mask_ids:
+    for mask in PUBLISHED_MASK_IDS:
         if mask != config.mask_token_id and mask < config.vocab_size:
             yield (
                 f"mask token {mask}",

@@ -26,10 +26,6 @@ class PhaseSeconds:
     verify: float = 0.0
     commit: float = 0.0
 
-    @property
-    def total(self) -> float:
-        return self.draft + self.build + self.verify + self.commit
-
 
 @dataclass(frozen=True)
 class Round:

@@ -81,7 +81,6 @@ class TargetConfig:
     intermediate_size: int  # of that plain MLP
     gdn: GatedDeltaConfig | None
     max_position: int
-    eos_token_ids: tuple[int, ...]
 
     @property
     def moe_layers(self) -> tuple[int, ...]:
@@ -204,7 +203,6 @@ class _Reader:
             intermediate_size=self.integer("intermediate_size", 0, 0),
             gdn=self.gated_delta() if hybrid else None,
             max_position=self.integer("max_position_embeddings"),
-            eos_token_ids=self.eos_token_ids(),
         )
 
     def rope(self, head_dim: int) -> RopeConfig:
@@ -253,12 +251,3 @@ class _Reader:
                 f"linear_num_key_heads = {config.num_key_heads}"
             )
         return config
-
-    def eos_token_ids(self) -> tuple[int, ...]:
-        ids = self.text.get("eos_token_id", self.outer.get("eos_token_id"))
-        if ids is None:
-            return ()
-        ids = ids if isinstance(ids, list) else [ids]
-        if not all(isinstance(i, int) for i in ids):
-            raise self.error(f"eos_token_id = {ids!r}, expected an integer or a list of integers")
-        return tuple(ids)

@@ -55,11 +55,6 @@ class Geometry:
     tensors: tuple[ExpertTensor, ...]
     quantizations: tuple[Quantization | None, ...]
 
-    @property
-    def bytes_on_disk(self) -> int:
-        """Bytes of one expert in the files."""
-        return sum(tensor.bytes_on_disk for tensor in self.tensors)
-
     def bytes_resident(self, dtype: mx.Dtype) -> int:
         """Bytes of one expert in memory, floats in `dtype`."""
         return sum(tensor.bytes_resident(dtype) for tensor in self.tensors)
@@ -86,10 +81,6 @@ class ExpertStore:
     def infos(self, layer: int) -> tuple[TensorInfo, ...]:
         """The stacked tensors of a layer, in the order of its geometry's `tensors`."""
         return self._infos[layer]
-
-    def expert_bytes_on_disk(self, layer: int) -> int:
-        """Bytes one miss of this layer reads."""
-        return self._geometries[layer].bytes_on_disk
 
     def expert_bytes_resident(self, layer: int, dtype: mx.Dtype) -> int:
         """Bytes one slot takes, floats in `dtype`."""

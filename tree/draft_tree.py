@@ -48,10 +48,3 @@ class DraftTree:
         for row in range(1, self.rows):
             depths[row] = depths[self.parents[row]] + 1
         return depths
-
-    def path(self, row: int) -> list[int]:
-        """Rows from the root down to `row`, both included."""
-        path = [row]
-        while (row := int(self.parents[row])) >= 0:
-            path.append(row)
-        return path[::-1]

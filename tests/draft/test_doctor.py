@@ -7,6 +7,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from specdec.draft import doctor
 from specdec.draft.diagnosis import Agreement, Diagnosis, Trial
 from specdec.draft.doctor import TEXT, examine
 from specdec.draft.model import Draft
@@ -79,7 +80,7 @@ def other(draft: Draft, shift: int = 0, **changes) -> Draft:
 
 
 @pytest.mark.parametrize("backend", [MLX, NUMPY])
-def test_a_pair_that_fits(backend: Backend):
+def test_a_pair_that_fits(backend: Backend, monkeypatch):
     pytest.importorskip("numba")
     draft, _ = make_draft("all", backend=backend)
     target = Obedient(draft, draft.config.target_layer_ids, text())
@@ -89,7 +90,8 @@ def test_a_pair_that_fits(backend: Backend):
     assert not found.trials
     assert found.culprit is None
     assert "The pair fits" in found.lines()[-1]
-    thorough = examine(target, draft, text(), 20, mask_ids=(5,), thorough=True)
+    monkeypatch.setattr(doctor, "PUBLISHED_MASK_IDS", (5,))
+    thorough = examine(target, draft, text(), 20, thorough=True)
     assert len(thorough.trials) == 6
     assert thorough.culprit is None
     assert "mask token 5: " in "\n".join(thorough.lines())
@@ -144,7 +146,7 @@ def test_later_slots_are_judged_where_the_text_is_the_targets_own():
         ("plain", {}, -1, 0, "block positions one off"),
     ],
 )
-def test_the_setting_that_is_wrong_is_named(case, changes, shift, ids_step, words):
+def test_the_setting_that_is_wrong_is_named(case, changes, shift, ids_step, words, monkeypatch):
     """The target follows a draft with the setting changed; the doctor sees the unchanged one."""
     # (of the seeds, one with which causal or not makes much of a difference to the first slot)
     draft, _ = make_draft(case, seed=8 if "causal" in changes and case == "plain" else 0)
@@ -154,7 +156,8 @@ def test_the_setting_that_is_wrong_is_named(case, changes, shift, ids_step, word
     tokens = text()
     target = Obedient(trained, tuple(i + ids_step for i in base), tokens)
     said: list[str] = []
-    found = examine(target, draft, tokens, 40, mask_ids=(5, 17), on_progress=said.append)
+    monkeypatch.setattr(doctor, "PUBLISHED_MASK_IDS", (5, 17))
+    found = examine(target, draft, tokens, 40, on_progress=said.append)
     assert not found.fits, found.lines()
     assert found.culprit is not None, found.lines()
     assert pytest.approx(1.0, abs=0.02) == found.culprit.agreement.share

@@ -66,9 +66,12 @@ def test_after_any_rounds_the_draft_knows_what_a_prefill_would_tell_it(loaded, m
     assert tokens[len(PROMPT) :] == answer[: len(tokens) - len(PROMPT)]
     by_rounds: list[Block] = []
     propose = engine.draft.propose
-    monkeypatch.setattr(
-        engine.draft, "propose", lambda *ask: by_rounds.append(propose(*ask)) or by_rounds[-1]
-    )
+
+    def noted(*ask):
+        by_rounds.append(propose(*ask))
+        return by_rounds[-1]
+
+    monkeypatch.setattr(engine.draft, "propose", noted)
     engine.step(12, kind)
     at_once = told_at_once(loaded, tokens).propose(bonus, 12)
     np.testing.assert_array_equal(by_rounds[0].tokens, at_once.tokens)

@@ -8,13 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from specdec.metrics import (
-    aggregate,
-    compare,
-    first_difference,
-    measure,
-    median,
-)
+from specdec.aggregate import aggregate, median
+from specdec.metrics import compare, first_difference, measure
 from tests.results import counters, result
 
 

@@ -36,7 +36,6 @@ def test_the_same_model_flat_and_nested(family):
     assert (flat.num_experts, flat.top_k, flat.moe_intermediate_size) == (8, 2, 64)
     assert flat.moe_layers == (0, 1, 2, 3)
     assert flat.max_position == 4096
-    assert flat.eos_token_ids == (319,)
     assert not flat.tie_word_embeddings
 
 
@@ -83,13 +82,6 @@ def test_dense_layers():
     assert parse(raw).moe_layers == (1, 5)
 
 
-@pytest.mark.parametrize(("found", "expected"), [(None, ()), (7, (7,)), ([3, 5], (3, 5)), ([], ())])
-def test_end_tokens(found, expected):
-    raw = tiny_config("qwen3_moe")
-    raw["eos_token_id"] = found
-    assert parse(raw).eos_token_ids == expected
-
-
 @pytest.mark.parametrize(
     "model_type", [None, "llama", "qwen3", "qwen2_moe", "qwen3_5_moe_vision", ["qwen3_moe"]]
 )
@@ -122,7 +114,6 @@ BAD = {
     "use_sliding_window": (True, "use_sliding_window = true"),
     "hidden_act": ("gelu", "hidden_act = 'gelu'"),
     "tie_word_embeddings": ("yes", "tie_word_embeddings = 'yes'"),
-    "eos_token_id": (["</s>"], "eos_token_id"),
     "rms_norm_eps": ("small", "rms_norm_eps"),
     "mlp_only_layers": ("all", "mlp_only_layers"),
     "partial_rotary_factor": (0.0, "partial_rotary_factor"),

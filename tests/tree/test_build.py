@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from specdec.tree.block import Block
 from specdec.tree.build import KINDS, build
 from specdec.tree.draft_tree import DraftTree
+from tests.trees import path_to
 
 
 @st.composite
@@ -49,7 +50,7 @@ def ranks_of(tree: DraftTree, block: Block) -> list[tuple[int, ...]]:
     """The rank tuple of every node, in row order, found from tokens alone."""
     found = []
     for row in range(1, tree.rows):
-        path = tree.path(row)[1:]
+        path = path_to(tree.parents, row)[1:]
         found.append(
             tuple(
                 int(np.flatnonzero(block.tokens[slot] == tree.tokens[node])[0])
