@@ -156,6 +156,8 @@ class _Reader:
     def refuse(self) -> None:
         """What is no DFlash draft, or one with parts that are not implemented here."""
         names = self.top.get("architectures") or []
+        if not isinstance(names, list | tuple):
+            raise self.error(f"architectures = {names!r}, expected a list of names")
         extra = [key for key in _DFLASH2 if self.get(key)]
         if extra or any("DFlash2" in str(name) for name in names):
             found = ", ".join([*(str(name) for name in names), *extra])

@@ -69,7 +69,10 @@ class RopeConfig:
         `source`.
         """
         try:
-            return cls._read({**config, **(config.get("text_config") or {})}, head_dim)
+            text = config.get("text_config") or {}
+            if not isinstance(text, Mapping):
+                raise CheckpointError(f"text_config is {text!r}, expected an object")
+            return cls._read({**config, **text}, head_dim)
         except CheckpointError as error:
             raise CheckpointError(f"{source}: {error}") from None
 
@@ -111,7 +114,7 @@ class RopeConfig:
             )
         factor = inner.get("factor")
         if factor is None and original and longest:
-            factor = longest / original
+            factor = _number(longest, "max_position_embeddings", 0.0) / original
         optional = {
             key: _number(inner[key], key, 0.0)
             for key in ("attention_factor", "mscale", "mscale_all_dim")
@@ -264,7 +267,9 @@ def _scaling(config: dict[str, Any]) -> dict[str, Any]:
                 )
             value = sets[0]
         found[key] = value
-    kinds = {entry.get("rope_type") or entry.get("type") or "default" for entry in found.values()}
+    kinds = {
+        str(entry.get("rope_type") or entry.get("type") or "default") for entry in found.values()
+    }
     if len(kinds - {"mrope"}) > 1:
         raise CheckpointError(
             "rope_scaling and rope_parameters name different types "

@@ -54,7 +54,8 @@ def parse_quantization(declared: dict[str, Any], where: Path, key: str) -> Quant
     mode = declared.get("mode", "affine")
     if mode != "affine":
         raise CheckpointError(f"{where}: {key} has mode {mode!r}, expected 'affine'")
-    if bits not in BITS or group_size not in GROUP_SIZES:
+    whole = type(bits) is int and type(group_size) is int
+    if not whole or bits not in BITS or group_size not in GROUP_SIZES:
         raise CheckpointError(
             f"{where}: {key} has bits {bits!r} and group_size {group_size!r}, "
             f"expected bits in {BITS} and group_size in {GROUP_SIZES}"

@@ -8,7 +8,7 @@ a token a fixed byte string, so that text can be streamed exactly and in constan
 
 import codecs
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -52,12 +52,15 @@ class Tokenizer:
         return cls(backend, Path(folder))
 
     def encode(self, text: str, add_special: bool = True) -> list[int]:
-        """Ids of `text`; `add_special` lets the tokenizer add its own start and end tokens."""
-        return list(self.backend.encode(text, add_special_tokens=add_special).ids)
+        """Ids of `text`; `add_special` lets the tokenizer add its own start and end tokens.
 
-    def decode(self, ids: Iterable[int]) -> str:
-        """Text of `ids`, special tokens included. Invalid UTF-8 becomes U+FFFD."""
-        return self.backend.decode(list(ids), skip_special_tokens=False)
+        PromptError for lone surrogates, which no text has.
+        """
+        try:
+            text.encode()
+        except UnicodeError as error:
+            raise PromptError(f"the prompt is not text: {error}") from error
+        return list(self.backend.encode(text, add_special_tokens=add_special).ids)
 
     def detokenizer(self) -> "Detokenizer":
         """A fresh streaming decoder."""
@@ -72,11 +75,6 @@ class Tokenizer:
             return bytes(self._byte_of[character] for character in text)
         except KeyError:  # an added token, written as plain text
             return text.encode()
-
-    @property
-    def vocab_size(self) -> int:
-        """Number of ids, added tokens included."""
-        return self.backend.get_vocab_size(with_added_tokens=True)
 
     @property
     def has_template(self) -> bool:
@@ -119,7 +117,7 @@ class Detokenizer:
 
     Holds back only the bytes of an unfinished UTF-8 character (three at most), so a character is
     never split and a token costs the same whatever came before. The pieces of `add` and `finish`,
-    joined, equal `Tokenizer.decode` of all tokens.
+    joined, equal the library's own decoding of all tokens, special ones included.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
@@ -185,7 +183,9 @@ def _template_source(folder: Path, settings: dict[str, Any]) -> tuple[str | None
         return value, origin
     if isinstance(value, list):  # named templates: [{"name": "default", "template": "..."}, ...]
         named = {
-            entry.get("name"): entry.get("template") for entry in value if isinstance(entry, dict)
+            entry["name"]: entry.get("template")
+            for entry in value
+            if isinstance(entry, dict) and isinstance(entry.get("name"), str)
         }
         if isinstance(named.get("default"), str):
             return named["default"], origin

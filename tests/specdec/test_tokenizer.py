@@ -58,8 +58,7 @@ def stream(tokenizer, ids):
 @given(st.text(st.characters(exclude_categories=["Cs"]), max_size=60))
 def test_round_trip_and_streaming_of_any_text(tokenizer, text):
     ids = tokenizer.encode(text, add_special=False)
-    assert tokenizer.decode(ids) == tokenizer.backend.decode(ids, skip_special_tokens=False)
-    assert tokenizer.decode(ids) == text
+    assert tokenizer.backend.decode(ids, skip_special_tokens=False) == text
     pieces = stream(tokenizer, ids)
     assert "".join(pieces) == text
     # No piece carries half a character.
@@ -97,8 +96,9 @@ def test_streaming_does_not_slow_down_with_length(tokenizer):
 
 def test_every_token_has_its_bytes(tokenizer):
     assert tokenizer.token_bytes(tokenizer.backend.token_to_id("a b ü")) == "a b ü".encode()
-    assert tokenizer.token_bytes(tokenizer.vocab_size) == b""
-    single = {tokenizer.token_bytes(token) for token in range(tokenizer.vocab_size)}
+    size = tokenizer.backend.get_vocab_size()
+    assert tokenizer.token_bytes(size) == b""
+    single = {tokenizer.token_bytes(token) for token in range(size)}
     assert {bytes([byte]) for byte in range(256)} <= single
 
 
@@ -126,7 +126,8 @@ def test_truncation_left_in_the_file_does_not_cut_prompts(tmp_path):
     backend.enable_truncation(4)
     backend.enable_padding(length=64)
     backend.save(str(tmp_path / "tokenizer.json"))
-    assert Tokenizer.open(tmp_path).decode(Tokenizer.open(tmp_path).encode(TEXT[2])) == TEXT[2]
+    opened = Tokenizer.open(tmp_path)
+    assert "".join(stream(opened, opened.encode(TEXT[2]))) == TEXT[2]
 
 
 @pytest.mark.parametrize(
@@ -183,7 +184,7 @@ def test_the_template_renders_and_encodes(tokenizer):
     assert text == RENDERED
     ids = tokenizer.encode(text, add_special=False)
     assert ids[0] == tokenizer.backend.token_to_id("<|im_start|>")
-    assert tokenizer.decode(ids) == text
+    assert "".join(stream(tokenizer, ids)) == text
 
 
 def test_named_templates_and_the_jinja_file(tmp_path):
