@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from specdec.errors import PromptError
-from specdec.metrics import Aggregate, Metrics, aggregate, measure
+from specdec.aggregate import Aggregate, aggregate
+from specdec.errors import PromptError, SpecdecError
+from specdec.metrics import Metrics, measure
 from specdec.units import number, percent, size, table
 
 if TYPE_CHECKING:
@@ -42,12 +43,21 @@ class Run:
 
 @dataclass(frozen=True)
 class Sweep:
-    """All runs, in the order in which they ran."""
+    """All whole runs, in the order in which they ran.
+
+    ended: the interrupt or the error that ended the sweep before its time; None otherwise.
+    """
 
     prompts: tuple[Prompt, ...]
     budgets: tuple[int, ...]
     repeats: int
     runs: tuple[Run, ...]
+    ended: KeyboardInterrupt | SpecdecError | None = None
+
+    @property
+    def planned(self) -> int:
+        """How many runs a whole sweep has."""
+        return len(self.prompts) * len(self.budgets) * self.repeats
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -101,6 +111,10 @@ def read_prompts(path: Path) -> tuple[Prompt, ...]:
             raise PromptError(f"{path}:{at}: id {value['id']!r} stands there twice")
         if value["class"] == ALL:
             raise PromptError(f'{path}:{at}: class "{ALL}" is the name of the total')
+        try:
+            value["prompt"].encode()
+        except UnicodeError as error:
+            raise PromptError(f"{path}:{at}: the prompt is not text: {error}") from error
         prompts.append(Prompt(value["id"], value["class"], value["prompt"]))
     if not prompts:
         raise PromptError(f"{path}: holds no prompt")
@@ -116,27 +130,36 @@ def sweep(
 ) -> Sweep:
     """Run every prompt at every budget, `repeats` times, after one untimed run per budget.
 
-    `generate(prompt, budget)` makes one run; `on_run` is told of each as it ends.
+    `generate(prompt, budget)` makes one run; `on_run` is told of each as it ends. An interrupt or
+    a SpecdecError ends the sweep; what was run until then is returned.
     """
-    for budget in budgets:  # first uses compile kernels and fill caches
-        generate(prompts[0], budget)
     runs: list[Run] = []
-    for repeat in range(repeats):
-        for prompt in prompts:
-            for budget in budgets:
-                runs.append(Run(prompt, budget, repeat, measure(generate(prompt, budget))))
-                on_run(runs[-1])
-    return Sweep(tuple(prompts), tuple(budgets), repeats, tuple(runs))
+    ended: KeyboardInterrupt | SpecdecError | None = None
+    try:
+        for budget in budgets:  # first uses compile kernels and fill caches
+            generate(prompts[0], budget)
+        for repeat in range(repeats):
+            for prompt in prompts:
+                for budget in budgets:
+                    runs.append(Run(prompt, budget, repeat, measure(generate(prompt, budget))))
+                    on_run(runs[-1])
+    except (KeyboardInterrupt, SpecdecError) as error:
+        ended = error
+    return Sweep(tuple(prompts), tuple(budgets), repeats, tuple(runs), ended)
 
 
 def report(done: Sweep) -> str:
     """One table per class, a row per budget, then whether all runs agree."""
-    blocks = [_class_table(done, kind) for kind in done.classes]
+    blocks = [_class_table(done, kind) for kind in done.classes] if done.runs else []
+    if done.ended is not None:
+        blocks.insert(0, f"PARTIAL: ended after {len(done.runs)} of {done.planned} runs")
     differing = done.disagreements()
     if differing:
         blocks.append("tokens DIFFER between runs of: " + ", ".join(differing))
-    else:
+    elif done.ended is None:
         blocks.append(f"tokens equal over all budgets and repeats, {len(done.prompts)} prompts")
+    elif done.runs:
+        blocks.append("tokens equal over the runs that were made")
     slower = [
         str(budget)
         for budget in done.budgets
@@ -178,4 +201,7 @@ def _class_table(done: Sweep, kind: str) -> str:
             )
         )
     count = done.aggregate(kind, done.budgets[0]).prompts
-    return f"{kind} ({count} prompts, {done.repeats} repeats, medians)\n{table(rows)}"
+    return (
+        f"{kind} ({count} prompts, {done.repeats} repeats; speeds and times are medians, "
+        f"the rest means)\n{table(rows)}"
+    )

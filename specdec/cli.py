@@ -1,22 +1,23 @@
 """The `specdec` command: its subcommands, and how errors leave it.
 
 Exit codes: 0 done; 1 runs that must agree do not, or the doctor found a draft that predicts too
-little; 2 bad input, said in one line without a traceback; 130 interrupted. Anything else is a bug
-and shows its traceback.
+little; 2 bad input, said in one line without a traceback; 130 interrupted; 141 nobody reads the
+output any more. Anything else is a bug and shows its traceback.
 """
 
+import sys
 from typing import Any
 
 import click
 
 from specdec import __version__
 from specdec.commands.bench import bench
+from specdec.commands.console import tell
 from specdec.commands.doctor import doctor
 from specdec.commands.generate import generate
 from specdec.commands.inspect import inspect
-from specdec.errors import SpecdecError
-
-INTERRUPTED = 130
+from specdec.entry import INTERRUPTED
+from specdec.errors import OutputClosedError, SpecdecError
 
 
 class _Commands(click.Group):
@@ -24,12 +25,16 @@ class _Commands(click.Group):
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
+            if sys.stdout is None:
+                raise SpecdecError("standard output is closed, and the results go there")
             return super().invoke(ctx)
+        except OutputClosedError as error:
+            return ctx.exit(error.exit_code)
         except SpecdecError as error:
-            click.echo(f"error: {error}", err=True)
+            tell(f"error: {error}")
             return ctx.exit(error.exit_code)
         except KeyboardInterrupt:
-            click.echo("interrupted", err=True)
+            tell("interrupted")
             return ctx.exit(INTERRUPTED)
 
 

@@ -4,11 +4,20 @@ Every error that reaches the command line is a `SpecdecError`: its text names th
 what was found and what was expected, and the process exits with `exit_code` and no traceback.
 """
 
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # the type alone: this stays a leaf
+    from specdec.generation import Result
+
 
 class SpecdecError(Exception):
-    """Bad input, a broken file or a request that cannot be met."""
+    """Bad input, a broken file or a request that cannot be met.
+
+    result: what a generation had done before this error ended it; None outside of one.
+    """
 
     exit_code = 2
+    result: "Result | None" = None
 
 
 class CheckpointError(SpecdecError):
@@ -39,3 +48,9 @@ class DisagreementError(SpecdecError):
     """Two runs that must emit the same tokens did not: a bug in this engine, never bad input."""
 
     exit_code = 1
+
+
+class OutputClosedError(SpecdecError):
+    """Whoever read standard output has stopped reading. Nobody is told: it was their choice."""
+
+    exit_code = 141  # as a shell reports a process that SIGPIPE ended

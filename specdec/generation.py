@@ -13,7 +13,7 @@ from time import perf_counter
 import numpy as np
 
 from specdec.engine import Engine
-from specdec.errors import PlanError, PromptError
+from specdec.errors import PlanError, PromptError, SpecdecError
 from specdec.interrupt import Interrupts
 from specdec.round import Prefill, Round
 from specdec.stops import StopScanner
@@ -44,7 +44,7 @@ class Result:
 
     tokens: emitted tokens up to the one that ended the text, an end token included.
     text: their text without the end token and from the stop string on.
-    finish: "eos", "stop", "length", "context" or "interrupted".
+    finish: "eos", "stop", "length", "context", "interrupted" or "error".
     rounds: every round that was run; the last may hold tokens beyond the end.
     seconds_to_first_token: from the request on, prefill included; to the interrupt if none came.
     decode_seconds: from the first token to the end.
@@ -76,7 +76,9 @@ def generate(
     """Run a request on an engine from nothing.
 
     on_text gets the text as it becomes certain; on_progress(done, total) the prompt's progress.
-    PromptError as check_prompt says, PlanError for more than the engine was loaded for.
+    PromptError as check_prompt says, PlanError for more than the engine was loaded for. A
+    SpecdecError amid the run (an expert cannot be read, on_text cannot write) is raised with what
+    was done until then as its `result`, whose finish is "error".
     """
     check_prompt(request.prompt_tokens, engine.target.config)
     room = engine.target.config.max_position - len(request.prompt_tokens)
@@ -85,6 +87,7 @@ def generate(
     engine.target.experts.reset_counters()
     rounds: list[Round] = []
     prefill, finish = Prefill(None, len(request.prompt_tokens), 0.0), None
+    failure: SpecdecError | None = None
     start, first = perf_counter(), None
     with Interrupts() as interrupts:
 
@@ -105,12 +108,17 @@ def generate(
             interrupts.check()
         except KeyboardInterrupt:
             finish = "interrupted"
+        except SpecdecError as error:
+            finish, failure = "error", error
     end = perf_counter()
     first = end if first is None else first
-    writer.flush()
+    try:
+        writer.flush()
+    except SpecdecError as error:
+        finish, failure = "error", failure or error
     if finish == "length" and len(writer.tokens) < request.max_tokens:
         finish = "context"
-    return Result(
+    result = Result(
         tokens=tuple(writer.tokens),
         text=writer.text,
         finish=finish,
@@ -120,6 +128,10 @@ def generate(
         decode_seconds=end - first,
         experts=engine.target.experts.counters(),
     )
+    if failure is not None:
+        failure.result = result
+        raise failure
+    return result
 
 
 def check_prompt(tokens: Sequence[int], config: TargetConfig) -> None:

@@ -93,12 +93,14 @@ def load(
     settings: Settings,
     on_plan: Callable[[MemoryPlan], None] | None = None,
     on_progress: Callable[[int, int], None] | None = None,
+    tokenizer: Tokenizer | None = None,
 ) -> Loaded:
     """Check, plan, and read a pair. on_plan gets the plan before anything is read; on_progress
-    counts the bytes of the pinned experts."""
+    counts the bytes of the pinned experts. tokenizer: the target's, where it is open already."""
     with ExitStack() as stack:
         found = _open(settings, stack)
-        tokenizer = Tokenizer.open(found.target.folder)
+        if tokenizer is None:
+            tokenizer = Tokenizer.open(found.target.folder)
         plan = _plan(found, settings)
         if on_plan is not None:
             on_plan(plan)

@@ -59,8 +59,10 @@ class JsonFile:
         if self._path is None:
             return
         try:
-            text = json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False)
-            self._draft.write_text(text + "\n", encoding="utf-8")
+            text = json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+            # A file name need not be text. Its stray bytes are lone surrogates here, and the
+            # escape of one in Python is that of JSON.
+            self._draft.write_bytes(text.encode(errors="backslashreplace"))
             os.replace(self._draft, self._path)
         except OSError as error:
             raise SpecdecError(
@@ -136,6 +138,7 @@ def comparison(done: "Comparison") -> dict[str, Any]:
 def bench(done: "Sweep") -> dict[str, Any]:
     """Aggregates per class and budget, then every run's figures."""
     return {
+        "partial": done.ended is not None,
         "budgets": list(done.budgets),
         "repeats": done.repeats,
         "prompts": [{"id": one.id, "class": one.kind} for one in done.prompts],

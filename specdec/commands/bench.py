@@ -5,9 +5,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from specdec.commands.console import Console
+from specdec.commands.console import Console, emit
 from specdec.commands.options import Budgets, model_options, tree_option
-from specdec.errors import DisagreementError, PromptError
+from specdec.errors import DisagreementError, PromptError, SpecdecError
 
 if TYPE_CHECKING:
     from specdec.bench import Prompt, Run
@@ -59,6 +59,7 @@ def bench(**options: Any) -> None:
     budgets: tuple[int, ...] = options["budgets"]
     with record.JsonFile(options["json_path"]) as file:
         tokenizer, config = session.door(options)
+        eos_ids = () if options["ignore_eos"] else tokenizer.eos_ids
         tokens = {prompt.id: tuple(tokenizer.encode(prompt.text)) for prompt in prompts}
         for name, ids in tokens.items():
             try:
@@ -67,7 +68,7 @@ def bench(**options: Any) -> None:
                 raise PromptError(f"prompt {name!r}: {error}") from error
         longest = max(map(len, tokens.values()))
         context = longest + options["max_tokens"]
-        loaded = session.load(options, longest, context, max(budgets), console)
+        loaded = session.load(options, longest, context, max(budgets), console, tokenizer)
 
         def run(prompt: "Prompt", budget: int) -> "Result":
             result = generate(
@@ -78,7 +79,7 @@ def bench(**options: Any) -> None:
                     budget=budget,
                     tree=options["tree"],
                     max_tokens=options["max_tokens"],
-                    eos_ids=() if options["ignore_eos"] else tokenizer.eos_ids,
+                    eos_ids=eos_ids,
                 ),
             )
             if result.finish == "interrupted":
@@ -94,8 +95,11 @@ def bench(**options: Any) -> None:
 
         done = benchmark.sweep(run, prompts, budgets, options["repeat"], tell)
         memory = session.memory(loaded.plan)
-        click.echo(benchmark.report(done))
+        emit(benchmark.report(done))
         console.say(f"memory: {memory_line(memory)}")
-        file.write(record.head("bench", options, loaded.plan, memory) | record.bench(done))
+        if not isinstance(done.ended, SpecdecError):
+            file.write(record.head("bench", options, loaded.plan, memory) | record.bench(done))
+    if done.ended is not None:
+        raise done.ended
     if done.disagreements():
         raise DisagreementError("tokens differ between runs of: " + ", ".join(done.disagreements()))

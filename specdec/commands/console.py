@@ -1,12 +1,40 @@
-"""What a command says while it works. All of it goes to stderr: stdout belongs to the text."""
+"""What a command prints: results on stdout, everything else on stderr.
 
+A stdout whose reader has gone, or that cannot be written, ends the command with an error; a stderr
+of that kind is done without.
+"""
+
+import os
 import sys
 from collections.abc import Callable
 from time import monotonic
+from typing import TextIO
 
 import click
 
+from specdec.errors import OutputClosedError, SpecdecError
+
 REFRESH_SECONDS = 0.1
+
+
+def emit(text: str, end: str = "\n") -> None:
+    """Write a result to stdout, at once."""
+    try:
+        click.echo(text + end, nl=False)
+    except BrokenPipeError as error:
+        _discard(sys.stdout)
+        raise OutputClosedError("standard output was closed by its reader") from error
+    except OSError as error:
+        _discard(sys.stdout)
+        raise SpecdecError(f"standard output cannot be written: {error.strerror}") from error
+
+
+def tell(text: str, end: str = "\n") -> None:
+    """Write to stderr."""
+    try:
+        click.echo(text + end, nl=False, err=True)
+    except OSError:  # nowhere is left to say so
+        _discard(sys.stderr)
 
 
 class Console:
@@ -17,12 +45,12 @@ class Console:
 
     def note(self, text: str) -> None:
         """Something the user must know, quiet or not."""
-        click.echo(text, err=True)
+        tell(text)
 
     def say(self, text: str = "") -> None:
         """Something the user may want to know."""
         if not self.quiet:
-            click.echo(text, err=True)
+            tell(text)
 
     def progress(self, label: str) -> Callable[[int, int], None]:
         """A callback (done, total) that redraws one line on a terminal and is silent elsewhere."""
@@ -36,7 +64,13 @@ class Console:
                 return
             drawn = monotonic()
             share = f"{done / total:4.0%}" if total else ""
-            end = "\n" if done >= total else ""
-            click.echo(f"\r{label} {share}\x1b[K{end}", nl=False, err=True)
+            tell(f"\r{label} {share}\x1b[K", "\n" if done >= total else "")
 
         return draw
+
+
+def _discard(stream: TextIO) -> None:
+    """What could not be written would be tried again, and fail again, at exit."""
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, stream.fileno())
+    os.close(null)

@@ -4,7 +4,7 @@ from typing import Any
 
 import click
 
-from specdec.commands.console import Console
+from specdec.commands.console import Console, emit
 from specdec.commands.options import memory_options
 
 
@@ -18,6 +18,9 @@ from specdec.commands.options import memory_options
     default=200,
     show_default=True,
     help="Positions of the built-in text to measure.",
+)
+@click.option(
+    "--thorough", is_flag=True, help="Try other settings of the draft even if it predicts well."
 )
 @click.option("--quiet", "-q", is_flag=True, help="Print the findings, on stderr only problems.")
 def doctor(**options: Any) -> None:
@@ -38,13 +41,18 @@ def doctor(**options: Any) -> None:
     tokens = tokenizer.encode(TEXT)
     check_prompt(tokens, config)
     # Logits of a whole chunk are looked at, as of a tree of that many rows.
-    loaded = session.load(options, len(tokens), len(tokens) + 1, CHUNK, console)
+    loaded = session.load(options, len(tokens), len(tokens) + 1, CHUNK, console, tokenizer)
     engine = loaded.engine
     assert engine.draft is not None
     found = examine(
-        engine.target, engine.draft, tokens, options["positions"], on_progress=console.say
+        engine.target,
+        engine.draft,
+        tokens,
+        options["positions"],
+        thorough=options["thorough"],
+        on_progress=console.say,
     )
     for line in found.lines():
-        click.echo(line)
+        emit(line)
     if not found.fits:
         raise SystemExit(1)

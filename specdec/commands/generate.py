@@ -1,6 +1,5 @@
 """`specdec generate`: one prompt, its text streamed, then what it took."""
 
-import os
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -9,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from specdec.commands.console import Console
+from specdec.commands.console import Console, emit
 from specdec.commands.options import MAX_BUDGET, model_options, tree_option
 from specdec.errors import DisagreementError, PromptError, SpecdecError
 
@@ -65,34 +64,41 @@ def generate(**options: Any) -> None:
 
     with record.JsonFile(options["json_path"]) as file:
         tokenizer, config = session.door(options)
+        eos_ids = () if options["ignore_eos"] else tokenizer.eos_ids
         text, tokens = _encode(tokenizer, prompt, options)
         check_prompt(tokens, config)
         context = len(tokens) + options["max_tokens"]
-        loaded = session.load(options, len(tokens), context, budget, console)
+        loaded = session.load(options, len(tokens), context, budget, console, tokenizer)
         request = Request(
             prompt_tokens=tokens,
             budget=budget,
             tree=options["tree"],
             max_tokens=options["max_tokens"],
             stop=options["stop"],
-            eos_ids=() if options["ignore_eos"] else tokenizer.eos_ids,
+            eos_ids=eos_ids,
         )
-        if options["compare"]:
-            results = _compare(loaded, request, console)
-        else:
-            name = "speculative" if budget > 1 else "autoregressive"
-            results = {name: _run(loaded, request, console, _to_stdout)}
+        runs = _Runs(loaded, console)
+        ended: BaseException | None = None
+        try:
+            if options["compare"]:
+                _compare(runs, request, console)
+            else:
+                runs.make("speculative" if budget > 1 else "autoregressive", request, _show)
+        except (KeyboardInterrupt, SpecdecError) as error:
+            ended = error  # what was done until then is told first
         memory = session.memory(loaded.plan)
-        settings = {**options, "budget": budget}
-        document = record.head("generate", settings, loaded.plan, memory) | {"prompt": text}
-        file.write(document | _tell(results, memory, console))
-    _leave(results)
+        told = _tell(runs.results, memory, console)
+        if not isinstance(ended, SpecdecError):
+            settings = {**options, "budget": budget}
+            document = record.head("generate", settings, loaded.plan, memory)
+            file.write(document | {"partial": ended is not None, "prompt": text} | told)
+    if ended is not None:
+        raise ended
+    _check_agreement(runs.results)
 
 
 def _check(options: dict[str, Any]) -> None:
     """Refuse options that contradict each other, before any work."""
-    if sys.stdout is None:
-        raise SpecdecError("standard output is closed, and the text goes there")
     if options["prompt"] is not None and options["prompt_file"] is not None:
         raise click.UsageError("--prompt and --prompt-file exclude each other.")
     if options["raw"] and options["system"] is not None:
@@ -101,6 +107,11 @@ def _check(options: dict[str, Any]) -> None:
         raise click.UsageError("--stop must not be empty: every text would end at once.")
     if options["compare"] and options["budget"] == 1:
         raise click.UsageError("--compare with --budget 1 would compare plain decoding to itself.")
+    for stop in options["stop"]:
+        try:
+            stop.encode()
+        except UnicodeError as error:
+            raise SpecdecError(f"--stop: {error}") from error
 
 
 def _prompt(options: dict[str, Any]) -> str:
@@ -159,45 +170,61 @@ def _encode(
     return text, tuple(tokenizer.encode(text, add_special=False))
 
 
-def _to_stdout(text: str) -> None:
-    try:
-        click.echo(text, nl=False)
-        sys.stdout.flush()
-    except BrokenPipeError:
-        raise
-    except OSError as error:
-        # What could not be written would be tried again, and fail again, at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise SpecdecError(f"standard output cannot be written: {error.strerror}") from error
+def _show(text: str) -> None:
+    emit(text, end="")
 
 
-def _run(
-    loaded: "Loaded",
-    request: "Request",
-    console: Console,
-    on_text: Callable[[str], None] | None,
-    label: str = "prompt",
-) -> "Result":
-    from specdec.generation import generate as run
+class _Runs:
+    """The runs of one command, each kept under its name, whole or not."""
 
-    return run(loaded.engine, loaded.tokenizer, request, on_text, console.progress(f"{label}:"))
+    def __init__(self, loaded: "Loaded", console: Console) -> None:
+        self.results: dict[str, Result] = {}
+        self._loaded, self._console = loaded, console
+
+    def make(self, name: str, request: "Request", on_text: Callable[[str], None] | None) -> None:
+        """Run a request and keep its result; KeyboardInterrupt and SpecdecError come after."""
+        try:
+            self.results[name] = self.pass_by(name, request, on_text)
+        except SpecdecError as error:
+            if error.result is not None:
+                self.results[name] = error.result
+            raise
+        if self.results[name].finish == "interrupted":
+            raise KeyboardInterrupt
+
+    def pass_by(
+        self, name: str, request: "Request", on_text: Callable[[str], None] | None
+    ) -> "Result":
+        """Run a request and keep nothing."""
+        from specdec.generation import generate as run
+
+        progress = self._console.progress(f"{name} prompt:")
+        return run(self._loaded.engine, self._loaded.tokenizer, request, on_text, progress)
 
 
-def _compare(loaded: "Loaded", request: "Request", console: Console) -> "dict[str, Result]":
+def _compare(runs: _Runs, request: "Request", console: Console) -> None:
     """Warm up both ways, then run plain and speculative; only the latter is shown."""
     plain = replace(request, budget=1)
     console.say("order: a short warm-up, autoregressive, speculative")
     for one in (plain, request):
         short = replace(
-            one, prompt_tokens=one.prompt_tokens[:WARM_UP_PROMPT], max_tokens=WARM_UP_TOKENS
+            one,
+            prompt_tokens=one.prompt_tokens[:WARM_UP_PROMPT],
+            max_tokens=min(WARM_UP_TOKENS, one.max_tokens),  # the plan holds for no more
         )
-        if _run(loaded, short, console, None, "warm-up").finish == "interrupted":
+        if runs.pass_by("warm-up", short, None).finish == "interrupted":
             raise KeyboardInterrupt
-    before = _run(loaded, plain, console, None, "autoregressive prompt")
-    if before.finish == "interrupted":
-        return {"autoregressive": before}
-    after = _run(loaded, request, console, _to_stdout, "speculative prompt")
-    return {"autoregressive": before, "speculative": after}
+    draw = console.progress("autoregressive text:")
+    pieces = 0
+
+    def count(text: str) -> None:
+        nonlocal pieces
+        pieces += 1
+        draw(min(pieces, request.max_tokens - 1), request.max_tokens)
+
+    runs.make("autoregressive", plain, count)
+    draw(request.max_tokens, request.max_tokens)
+    runs.make("speculative", request, _show)
 
 
 def _tell(results: "dict[str, Result]", memory: "Memory", console: Console) -> dict[str, Any]:
@@ -221,12 +248,10 @@ def _tell(results: "dict[str, Result]", memory: "Memory", console: Console) -> d
     return document
 
 
-def _leave(results: "dict[str, Result]") -> None:
-    """Exit with the code that the runs deserve."""
+def _check_agreement(results: "dict[str, Result]") -> None:
+    """DisagreementError where two whole runs emitted different tokens."""
     from specdec.metrics import first_difference
 
-    if any(result.finish == "interrupted" for result in results.values()):
-        raise KeyboardInterrupt
     if _is_comparison(results):
         position = first_difference(*(result.tokens for result in results.values()))
         if position is not None:
@@ -236,5 +261,7 @@ def _leave(results: "dict[str, Result]") -> None:
 
 
 def _is_comparison(results: "dict[str, Result]") -> bool:
-    """Whether there are two whole runs: an interrupted one compares to nothing."""
-    return len(results) == 2 and all(one.finish != "interrupted" for one in results.values())
+    """Whether there are two whole runs: one that was cut off compares to nothing."""
+    return len(results) == 2 and all(
+        one.finish not in ("interrupted", "error") for one in results.values()
+    )

@@ -4,6 +4,7 @@ from typing import Any
 
 import click
 
+from specdec.commands.console import emit
 from specdec.commands.options import MAX_BUDGET, memory_options
 from specdec.units import size, table
 
@@ -51,13 +52,13 @@ def inspect(**options: Any) -> None:
             ("parameters", f"{count / 1e6:,.1f} M"),
             ("runs on", f"{backend.name} kernels: {backend.why}"),
         ]
-        click.echo("\n".join(f"{subject:<14}{words}" for subject, words in rows))
-    click.echo()
+        emit("\n".join(f"{subject:<14}{words}" for subject, words in rows))
+    emit("")
     lines = [("part", "tensors", "on disk", "matrices")]
     for part in found:
         packings = "; ".join(f"{many} x {how}" for how, many in part.packings)
         lines.append((part.name, str(part.tensors), size(part.nbytes), packings))
     lines.append(("total", "", size(sum(part.nbytes for part in found)), ""))
-    click.echo(table(lines, left=(0, 3)))
-    click.echo()
-    click.echo(session.plan_text(plan_for(settings)))
+    emit(table(lines, left=(0, 3)))
+    emit("")
+    emit(session.plan_text(plan_for(settings)))

@@ -52,14 +52,19 @@ def load(
     context: int,
     budget: int,
     console: Console,
+    tokenizer: "Tokenizer",
 ) -> "Loaded":
-    """Load the pair for prompts of `prompt` tokens; the plan is printed before."""
+    """Load the pair for prompts of `prompt` tokens; the plan is printed before.
+
+    tokenizer: as `door` opened it.
+    """
     from specdec.load import load as load_pair
 
     loaded = load_pair(
         settings(options, context, budget, prompt),
         on_plan=lambda plan: console.say(plan_text(plan)),
         on_progress=console.progress("loading pinned experts:"),
+        tokenizer=tokenizer,
     )
     if not loaded.backend.exact:
         console.note(

@@ -88,4 +88,4 @@ def test_the_command_runs_from_the_wheel(installed):
     assert done.returncode == 0, done.stderr
     assert "generate" in done.stdout
     entry = next(installed.glob("*.dist-info")) / "entry_points.txt"
-    assert "specdec = specdec.cli:main" in entry.read_text()
+    assert "specdec = specdec.entry:main" in entry.read_text()
