@@ -14,7 +14,7 @@ from specdec.errors import CheckpointError, PairingError, PlanError, SpecdecErro
 from specdec.generation import Request, generate
 from specdec.kernels.array import Backend, choose_backend
 from specdec.load import Settings, load, plan_for
-from specdec.plan import MemoryPlan
+from specdec.plan import KEPT_BYTES, MemoryPlan
 from tests.backends import needs_numba
 from tests.checkpoints import FAMILIES, write_checkpoint
 from tests.drafts import write_draft
@@ -103,6 +103,16 @@ def test_the_plan_is_known_before_anything_is_read(pair, reads):
     with pytest.raises(KeyboardInterrupt):
         load(settings(pair, pin_layers=1, cache_slots=7), stop)
     assert reads == []
+
+
+def test_what_mlx_keeps_of_freed_buffers_is_what_was_planned(pair):
+    before = mx.set_cache_limit(1 << 40)
+    try:
+        loaded = load(settings(pair))
+        assert mx.set_cache_limit(before) == KEPT_BYTES
+    finally:
+        mx.set_cache_limit(before)
+    loaded.engine.target.experts.store.checkpoint.close()
 
 
 def change_config(folder, **changes) -> None:

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from specdec import checkpoint as checkpoint_module
 from specdec.errors import ExpertReadError, NonFiniteError
 from specdec.kernels.array import to_numpy
+from specdec.target import model as model_module
 from tests.backends import CPU, REFERENCE, each_backend, each_exact_backend, needs_numba, same_bits
 from tests.checkpoints import FAMILIES, write_checkpoint
 from tests.targets import (
@@ -103,6 +104,33 @@ def test_a_tree_is_decoding_its_paths(family, packing, backend, sessions, seed, 
     assert state_bytes(target) == committed
     assert all(same_bits(step(target, t), row) for t, row in zip(tokens, after, strict=True))
     assert state_bytes(target) == end
+
+
+@each_backend
+@pytest.mark.parametrize("way", ["a failed verify", "reset", "a commit"])
+def test_only_the_last_verified_tree_can_be_committed(backend, way, sessions, monkeypatch):
+    target = sessions("qwen3_next", "4bit", backend)
+    target.prefill(PROMPT)
+    target.verify(tree_of([1, 2, 3], [-1, 0, 0]))
+    if way == "a failed verify":
+
+        def broken(tokens, weight):
+            raise ExpertReadError("no")
+
+        tree = tree_of([4, 5], [-1, 0])
+        with monkeypatch.context() as patch:
+            patch.setattr(model_module, "embed", broken)
+            with pytest.raises(ExpertReadError):
+                target.verify(tree)
+    elif way == "reset":
+        target.reset()
+        target.prefill(PROMPT)
+    else:
+        target.commit([0])
+    before = state_bytes(target)
+    with pytest.raises(AssertionError, match="commit without a verified tree"):
+        target.commit([0, 1])
+    assert state_bytes(target) == before
 
 
 @each_exact_backend
