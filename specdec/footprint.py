@@ -21,7 +21,7 @@ from specdec.target.config import TargetConfig
 from specdec.target.state import KV_STEP
 
 FLOAT = 4  # logits, scores, recurrent states and their inputs are always float32
-# A layer's operations are dispatched ahead of their execution: some of the next are alive too.
+# MLX dispatches a layer's operations ahead of their execution: some of the next are alive too.
 AHEAD = 1.25
 
 
@@ -32,8 +32,9 @@ class Sizes:
     prompt, context: tokens of the prompt, and of the prompt and everything generated.
     chunk: prompt tokens per prefill pass. budget: nodes of a tree, the root not counted.
     dtype: of activations and of weights that are not packed.
-    row_by_row: whether attention goes from row to row, as kernels/cpu does; MLX holds the scores of
-        all rows and heads.
+    row_by_row: whether attention and recurrence go from row to row, and arrays are freed as soon
+        as they are done with, as in kernels/cpu; MLX holds the scores of all rows and heads, and
+        solves for chunks of rows.
     """
 
     prompt: int
@@ -142,12 +143,12 @@ def draft_bytes(checkpoint: Checkpoint, config: DraftConfig, sizes: Sizes) -> tu
 def prefill_scratch(config: TargetConfig, draft: DraftConfig | None, sizes: Sizes) -> int:
     """What a prompt's passes hold beside weights and state.
 
-    AHEAD x the widest layer's activations of a chunk; two copies of its attention scores; new
-    states, twice, before they replace the old ones; the chunk's taps, twice, and the draft's pass
-    over them.
+    The widest layer's activations of a chunk; two copies of its attention scores; new states,
+    twice, before they replace the old ones; the chunk's taps, twice, and the draft's pass over
+    them.
     """
     chunk, size = min(sizes.chunk, sizes.prompt), sizes.dtype.size
-    passes = int(AHEAD * _layer_bytes(config, chunk, sizes.dtype))
+    passes = _layer_bytes(config, chunk, sizes)
     passes += 2 * sizes.score_rows(chunk) * config.num_heads * sizes.context * FLOAT
     passes += 2 * state_bytes(config, sizes.dtype) + 2 * config.vocab_size * FLOAT
     if draft is None:
@@ -161,22 +162,30 @@ def prefill_scratch(config: TargetConfig, draft: DraftConfig | None, sizes: Size
 def verify_scratch(config: TargetConfig, draft: DraftConfig | None, sizes: Sizes) -> int:
     """What a round holds: the largest of the draft's pass, the tree's pass and its commit.
 
-    The tree's pass: AHEAD x the widest layer's activations; two copies of its attention scores,
-    the last keys and values of each row's own path, a partial sum per block; four copies of a
-    recurrent state per row; what commit will need of every layer; logits [rows, vocab] twice.
+    The tree's pass: the widest layer's activations; two copies of its attention scores; what commit
+    will need of every layer; logits [rows, vocab] twice. In MLX also the last keys and values of
+    each row's own path, a partial sum per block, and four copies of a recurrent state per row; row
+    by row, one head's states of all rows, and one layer's state twice.
     Commit: three generations of all states, and one layer's keys and values while they grow.
     The draft's pass: a block's activations, scores and logits, thrice.
     """
     rows, gdn, dtype = sizes.rows, config.gdn, sizes.dtype
-    tree = int(AHEAD * _layer_bytes(config, rows, dtype)) + 2 * rows * config.vocab_size * FLOAT
+    tree = _layer_bytes(config, rows, sizes) + 2 * rows * config.vocab_size * FLOAT
     tree += 2 * sizes.score_rows(rows) * config.num_heads * sizes.context * FLOAT
-    tree += 4 * rows * 2 * BLOCK * config.num_kv_heads * config.head_dim * FLOAT
-    tree += rows * config.num_heads * (config.head_dim + 1) * (sizes.context // BLOCK) * FLOAT
+    if not sizes.row_by_row:
+        tree += 4 * rows * 2 * BLOCK * config.num_kv_heads * config.head_dim * FLOAT
+        tree += rows * config.num_heads * (config.head_dim + 1) * (sizes.context // BLOCK) * FLOAT
     tape = len(config.full_layers) * 2 * config.num_kv_heads * config.head_dim
     if gdn is not None:
-        features = gdn.num_value_heads * (gdn.value_dim + gdn.key_dim)
+        head = gdn.value_dim * gdn.key_dim * FLOAT
+        if sizes.row_by_row:
+            # The recurrence's inputs, some as views that keep whole projections.
+            features = gdn.conv_channels + 2 * gdn.keys + gdn.values
+            tree += (rows + 2 * gdn.num_value_heads) * head
+        else:
+            features = gdn.num_value_heads * (gdn.value_dim + gdn.key_dim)
+            tree += 4 * rows * gdn.num_value_heads * head
         tape += len(config.linear_layers) * (gdn.conv_channels + features)
-        tree += 4 * rows * gdn.num_value_heads * gdn.value_dim * gdn.key_dim * FLOAT
     tape *= rows * FLOAT
     grown = kv_bytes(config, sizes.context, dtype) // max(1, len(config.full_layers))
     commit = 3 * state_bytes(config, dtype) + grown
@@ -189,18 +198,31 @@ def verify_scratch(config: TargetConfig, draft: DraftConfig | None, sizes: Sizes
     return max(tape + max(tree, commit), drafting)
 
 
-def _layer_bytes(config: TargetConfig, rows: int, dtype: mx.Dtype) -> int:
-    """Activations of the widest layer for `rows` rows, as if none were freed before its end."""
-    hidden, size = config.hidden_size, dtype.size
+def _layer_bytes(config: TargetConfig, rows: int, sizes: Sizes) -> int:
+    """Activations of the widest layer for `rows` rows, as if none were freed before its end.
+
+    Row by row: before the end of its mixer or of its experts.
+    """
+    hidden, size = config.hidden_size, sizes.dtype.size
     # Queries and their gates, keys and values: projected, normalized, rotated, laid out.
     mixer = 10 * config.num_heads * config.head_dim * size
     if config.gdn is not None:
         gdn = config.gdn
-        # The convolution's taps; queries, keys and values repeated per value head and then
-        # weighted, decayed and solved for in float32.
-        wide = gdn.num_value_heads * max(gdn.key_dim, gdn.value_dim)
-        mixer = max(mixer, (gdn.conv_kernel + 2) * gdn.conv_channels * size + 24 * wide * FLOAT)
+        if sizes.row_by_row:
+            # Projections, before and after the convolution; normalized keys and queries; values,
+            # results, normalized, padded.
+            width = (3 * gdn.conv_channels + 2 * gdn.keys + 5 * gdn.values) * size
+        else:
+            # The convolution's taps; queries, keys and values repeated per value head and then
+            # weighted, decayed and solved for in float32.
+            wide = gdn.num_value_heads * max(gdn.key_dim, gdn.value_dim)
+            width = (gdn.conv_kernel + 2) * gdn.conv_channels * size + 24 * wide * FLOAT
+        mixer = max(mixer, width)
     inner = config.moe_intermediate_size
     experts = config.top_k * (3 * inner + 3 * hidden) + 3 * config.num_experts
-    shared = 3 * max(config.shared_intermediate_size, config.intermediate_size)
-    return rows * (mixer + (6 * hidden + experts + shared) * size)
+    experts += 3 * max(config.shared_intermediate_size, config.intermediate_size)
+    experts *= size
+    residual = 6 * hidden * size
+    if sizes.row_by_row:
+        return rows * (residual + max(mixer, experts))
+    return int(AHEAD * rows * (residual + mixer + experts))

@@ -151,7 +151,8 @@ def _scratch_parts(
         (prefill, f"estimate, prefill in chunks of {min(sizes.chunk, sizes.prompt)}"),
         (verify, f"estimate, verify of {sizes.rows} rows"),
     )
-    kept = KEPT_BYTES + scratch // 2
+    # NumPy's arrays go back to the system as they are freed, but for gaps between small ones.
+    kept = KEPT_BYTES + scratch // (8 if sizes.row_by_row else 2)
     return [Part("scratch", scratch, note), Part("allocator", kept, "freed memory kept for reuse")]
 
 

@@ -298,14 +298,22 @@ print(json.dumps([peak_process_bytes(), loaded.plan.total]))
 """
 
 
-@pytest.mark.parametrize("backend", ["reference", "cpu"])
+RUNS = [(600, 6, 256, None), (5, 16, 64, 0), (900, 1, 512, 2)]
+
+
 @pytest.mark.parametrize(
-    ("prompt", "budget", "chunk", "pins"), [(600, 6, 256, None), (5, 16, 64, 0), (900, 1, 512, 2)]
+    ("backend", "prompt", "budget", "chunk", "pins"),
+    [
+        *(("reference", *run) for run in RUNS),
+        *(("cpu", *run) for run in RUNS),
+        ("cpu", 3000, 6, 4096, None),
+    ],
 )
 def test_a_process_stays_within_its_plan(
     tmp_path: Path, backend: str, prompt: int, budget: int, chunk: int, pins: int | None
 ) -> None:
-    """Peak resident memory of a run is at most a tenth above the plan."""
+    """Peak resident memory of a run is at most a tenth above the plan, and the plan is no excuse:
+    not several times what is needed."""
     if backend == "cpu":
         pytest.importorskip("numba")
     family = FAMILIES[budget % 3]
@@ -322,4 +330,4 @@ def test_a_process_stays_within_its_plan(
     )
     assert done.returncode == 0, done.stderr
     peak, planned = json.loads(done.stdout)
-    assert planned / 4 < peak <= 1.1 * planned
+    assert planned / (2 if backend == "cpu" else 4) < peak <= 1.1 * planned
