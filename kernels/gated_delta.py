@@ -141,12 +141,11 @@ def replay(states: list[Array], tapes: list[Tape], path: list[int]) -> list[Arra
     if tapes[0].last is not None and len(path) == tapes[0].rows[0].shape[0]:
         return [tape.last for tape in tapes]
     if is_numpy(states[0]):
-        chain = TreeLayout.chain(len(path)).parents
-        last = []
-        for state, tape in zip(states, tapes, strict=True):
-            queries, keys, values, decay, beta = (rows[path] for rows in tape.rows)
-            last.append(cpu.recur(queries, keys, values, decay, beta, state, chain)[1])
-        return last
+        chain, rows = TreeLayout.chain(len(path)).parents, np.array(path)
+        return [
+            cpu.recur(*tape.rows, state, chain, rows)[1]
+            for state, tape in zip(states, tapes, strict=True)
+        ]
     state = mx.stack(states)  # [layers, heads, value_dim, key_dim]
     delta, keys, decay = (
         mx.stack(list(rows)) for rows in zip(*(tape.rows for tape in tapes), strict=True)

@@ -39,43 +39,50 @@ def attend(
 def _attend(queries, keys, values, length, paths, depths, scale, out):  # type: ignore[no-untyped-def]
     heads, rows, dim = queries.shape
     group = heads // keys.shape[0]
-    whole = dim % STEP == 0
     places = np.arange(length + paths.shape[1])
     scores = np.empty((len(places), 1), np.float32)
     total = np.empty(dim, np.float32)
     for row in range(rows):
-        seen = length + depths[row] + 1
         for depth in range(depths[row] + 1):
             places[length + depth] = length + paths[row, depth]
+        seen = places[: length + depths[row] + 1]
         for head in range(heads):
-            rows_of_keys, rows_of_values = keys[head // group], values[head // group]
-            query = queries[head, row]
-            position = 0
-            if whole:
-                while position + 4 <= seen:
-                    store_four_dots(query, rows_of_keys, places, position, scores, 0)
-                    position += 4
-                while position < seen:
-                    store_dot(query, rows_of_keys, places, position, scores, 0)
-                    position += 1
-            else:
-                for at in range(seen):
-                    scores[at, 0] = _dot(query, rows_of_keys[places[at]])
-            peak = np.float32(-np.inf)
-            for at in range(seen):
-                scores[at, 0] *= scale
-                peak = max(peak, scores[at, 0])
-            sum_of_weights = np.float32(0)
+            kv = head // group
+            attend_row(queries[head, row], keys[kv], values[kv], seen, scale, scores, total)
             for i in range(dim):
-                total[i] = 0
-            for at in range(seen):
-                weight = np.float32(math.exp(scores[at, 0] - peak))
-                sum_of_weights += weight
-                value = rows_of_values[places[at]]
-                for i in range(dim):
-                    total[i] += weight * value[i]
-            for i in range(dim):
-                out[head, row, i] = total[i] / sum_of_weights
+                out[head, row, i] = total[i]
+
+
+@jit
+def attend_row(query, keys, values, places, scale, scores, total):  # type: ignore[no-untyped-def]
+    """One row over the keys at `places`, in this order, into `total`; scores is room for them."""
+    dim, seen = len(query), len(places)
+    position = 0
+    if dim % STEP == 0:
+        while position + 4 <= seen:
+            store_four_dots(query, keys, places, position, scores, 0)
+            position += 4
+        while position < seen:
+            store_dot(query, keys, places, position, scores, 0)
+            position += 1
+    else:
+        for at in range(seen):
+            scores[at, 0] = _dot(query, keys[places[at]])
+    peak = np.float32(-np.inf)
+    for at in range(seen):
+        scores[at, 0] *= scale
+        peak = max(peak, scores[at, 0])
+    sum_of_weights = np.float32(0)
+    for i in range(dim):
+        total[i] = 0
+    for at in range(seen):
+        weight = np.float32(math.exp(scores[at, 0] - peak))
+        sum_of_weights += weight
+        value = values[places[at]]
+        for i in range(dim):
+            total[i] += weight * value[i]
+    for i in range(dim):
+        total[i] /= sum_of_weights
 
 
 @jit

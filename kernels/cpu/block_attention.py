@@ -4,10 +4,9 @@ BLAS would do it in less time on an idle machine and in ten times more on a busy
 threads wait for each other.
 """
 
-import math
-
 import numpy as np
 
+from specdec.kernels.cpu.attention import attend_row
 from specdec.kernels.cpu.jit import jit
 
 
@@ -20,45 +19,24 @@ def block_attention(
     scale: float,
 ) -> np.ndarray:
     """As kernels.block_attention; fast where keys and values are whole buffers."""
-    heads, rows, _ = queries.shape
     queries = np.ascontiguousarray(queries)
-    out = np.zeros_like(queries)
-    scores = np.empty((heads, rows, int(last.max())), np.float32)
-    _attend(queries, keys, values, first, last, np.float32(scale), scores, out)
+    keys, values = np.ascontiguousarray(keys), np.ascontiguousarray(values)
+    out = np.empty_like(queries)
+    _attend(queries, keys, values, first, last, np.float32(scale), out)
     return out
 
 
 @jit
-def _attend(queries, keys, values, first, last, scale, scores, out):  # type: ignore[no-untyped-def]
+def _attend(queries, keys, values, first, last, scale, out):  # type: ignore[no-untyped-def]
     heads, rows, dim = queries.shape
-    places = scores.shape[2]
     group = heads // keys.shape[0]
-    # All the rows at one key before the next: a key is fetched once.
-    for kv in range(keys.shape[0]):
-        for place in range(places):
-            for head in range(kv * group, (kv + 1) * group):
-                for row in range(rows):
-                    score = np.float32(0)
-                    for i in range(dim):
-                        score += queries[head, row, i] * keys[kv, place, i]
-                    seen = first[row] <= place < last[row]
-                    scores[head, row, place] = score * scale if seen else np.float32(-np.inf)
+    places = np.arange(keys.shape[1])
+    scores = np.empty((len(places), 1), np.float32)
+    total = np.empty(dim, np.float32)
     for head in range(heads):
+        kv = head // group
         for row in range(rows):
-            peak = np.float32(-np.inf)
-            for place in range(places):
-                peak = max(peak, scores[head, row, place])
-            total = np.float32(0)
-            for place in range(places):
-                weight = math.exp(scores[head, row, place] - peak)
-                scores[head, row, place] = weight
-                total += weight
-            for place in range(places):
-                scores[head, row, place] /= total
-    for kv in range(keys.shape[0]):
-        for place in range(places):
-            for head in range(kv * group, (kv + 1) * group):
-                for row in range(rows):
-                    weight = scores[head, row, place]
-                    for i in range(dim):
-                        out[head, row, i] += weight * values[kv, place, i]
+            seen = places[first[row] : last[row]]
+            attend_row(queries[head, row], keys[kv], values[kv], seen, scale, scores, total)
+            for i in range(dim):
+                out[head, row, i] = total[i]

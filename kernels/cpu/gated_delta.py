@@ -45,19 +45,23 @@ def recur(
     beta: np.ndarray,
     state: np.ndarray,
     parents: np.ndarray,
+    rows: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """The recurrence along every row's path from `state`, which is left as it is.
 
-    queries, keys [rows, key_heads, key_dim]; values [rows, heads, value_dim]; log_decay, beta
-    [rows, heads]; state [heads, value_dim, key_dim]; parents int32 [rows], -1 for the root.
+    queries, keys [n, key_heads, key_dim]; values [n, heads, value_dim]; log_decay, beta
+    [n, heads]; state [heads, value_dim, key_dim]; parents int32 [rows], -1 for the root; rows int64
+    [rows]: which of the n these are, None for all.
     Returns y [rows, heads, value_dim] and the state after the last row.
     """
-    out = np.empty(values.shape, np.float32)
+    rows = np.arange(len(parents)) if rows is None else rows
+    out = np.empty((len(rows), *values.shape[1:]), np.float32)
     # In memory a state lies by key features: sums over them then run over whole vectors. States
     # made here keep that layout, behind the usual shape.
     state = np.ascontiguousarray(state.swapaxes(1, 2))
     last = np.empty_like(state)
-    _recur(queries, keys, np.ascontiguousarray(values), log_decay, beta, state, parents, out, last)
+    values = np.ascontiguousarray(values)
+    _recur(queries, keys, values, log_decay, beta, state, rows, parents, out, last)
     return out, last.swapaxes(1, 2)
 
 
@@ -104,8 +108,8 @@ def _gates(a, b, a_log, dt_bias, log_decay, beta):  # type: ignore[no-untyped-de
 
 
 @jit
-def _recur(queries, keys, values, log_decay, beta, state, parents, out, last):  # type: ignore[no-untyped-def]
-    rows, heads, value_dim = values.shape
+def _recur(queries, keys, values, log_decay, beta, state, inputs, parents, out, last):  # type: ignore[no-untyped-def]
+    rows, heads, value_dim = out.shape
     key_dim = keys.shape[2]
     repeats = heads // keys.shape[1]
     # A parent's state is needed as long as it has children to come: all are kept in a tree, while
@@ -119,23 +123,23 @@ def _recur(queries, keys, values, log_decay, beta, state, parents, out, last):  
     for head in range(heads):
         key_head = head // repeats
         for row in range(rows):
-            parent = parents[row]
+            parent, at = parents[row], inputs[row]
             target = states[row & 1 if chain else row]
             source = state[head] if parent < 0 else states[parent & 1 if chain else parent]
-            fade = math.exp(log_decay[row, head])
+            fade = math.exp(log_decay[at, head])
             for v in range(value_dim):
                 delta[v] = 0
                 y[v] = 0
             for k in range(key_dim):
-                key = keys[row, key_head, k]
+                key = keys[at, key_head, k]
                 for v in range(value_dim):
                     target[k, v] = source[k, v] * fade
                     delta[v] += target[k, v] * key
             for v in range(value_dim):
-                delta[v] = (values[row, head, v] - delta[v]) * beta[row, head]
+                delta[v] = (values[at, head, v] - delta[v]) * beta[at, head]
             for k in range(key_dim):
-                key = keys[row, key_head, k]
-                query = queries[row, key_head, k]
+                key = keys[at, key_head, k]
+                query = queries[at, key_head, k]
                 for v in range(value_dim):
                     target[k, v] += delta[v] * key
                     y[v] += target[k, v] * query
