@@ -306,7 +306,7 @@ RUNS = [(600, 6, 256, None), (5, 16, 64, 0), (900, 1, 512, 2)]
     [
         *(("reference", *run) for run in RUNS),
         *(("cpu", *run) for run in RUNS),
-        ("cpu", 3000, 6, 4096, None),
+        ("cpu", 3000, 7, 4096, None),
     ],
 )
 def test_a_process_stays_within_its_plan(
@@ -317,7 +317,14 @@ def test_a_process_stays_within_its_plan(
     if backend == "cpu":
         pytest.importorskip("numba")
     family = FAMILIES[budget % 3]
-    wide = {"hidden_size": 128, "num_experts": 16, "vocab_size": 400, "head_dim": 64}
+    wide: dict[str, Any] = {
+        "hidden_size": 128,
+        "num_experts": 16,
+        "vocab_size": 400,
+        "head_dim": 64,
+    }
+    if chunk > 1000:
+        wide |= {"linear_num_value_heads": 16, "linear_value_head_dim": 64}
     pair = write_pair(tmp_path, family, **wide)
     asked = [str(pair.target), str(pair.draft), prompt, prompt + 12, budget, chunk, pins]
     done = subprocess.run(
