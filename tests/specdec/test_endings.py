@@ -298,3 +298,19 @@ def test_a_disk_error_ends_the_run_and_keeps_the_old_json(pair, tmp_path, monkey
     assert "Traceback" not in done.stderr
     assert re.search(r"^speculative\nprompt .*\ngenerated .* ended by: error$", done.stderr, re.M)
     assert path.read_text() == "old"
+
+
+def test_a_run_that_ignores_ctrl_c_goes_on_to_its_end(pair):
+    """`trap '' INT` in a script, or `&` in one."""
+    arguments = [*pair.options, *PROMPT, "--max-tokens", "300", "--ignore-eos", "-q"]
+    line = [sys.executable, "-m", "specdec", "generate", *map(str, arguments)]
+    with subprocess.Popen(
+        ["sh", "-c", "trap '' INT; exec \"$@\"", "sh", *line],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    ) as running:
+        assert running.stdout is not None
+        running.stdout.read(8)
+        running.send_signal(signal.SIGINT)
+        _, stderr = running.communicate(timeout=60)
+    assert (running.returncode, stderr) == (0, b"")

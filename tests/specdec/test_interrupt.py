@@ -67,3 +67,26 @@ def test_other_threads_have_no_signals_and_work_all_the_same():
     thread.join()
     assert failures == []
     assert signal.getsignal(signal.SIGINT) is before
+
+
+@pytest.mark.parametrize("handler", [signal.SIG_IGN, signal.SIG_DFL])
+def test_a_ctrl_c_that_is_not_pythons_own_stays_as_it_is(handler):
+    """A job in the background of a script ignores it: it is meant for others."""
+    before = signal.signal(signal.SIGINT, handler)
+    try:
+        with Interrupts() as interrupts:
+            assert signal.getsignal(signal.SIGINT) is handler
+            if handler is signal.SIG_IGN:
+                ctrl_c()
+            interrupts.check()
+        assert signal.getsignal(signal.SIGINT) is handler
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_a_handler_that_python_did_not_install_stays(monkeypatch):
+    """getsignal has no name for it."""
+    monkeypatch.setattr(signal, "getsignal", lambda number: None)
+    monkeypatch.setattr(signal, "signal", lambda *a: pytest.fail("replaced"))
+    with Interrupts() as interrupts:
+        interrupts.check()
