@@ -8,7 +8,7 @@ import math
 
 import numpy as np
 
-from specdec.kernels.cpu.dots import STEP, store_dot, store_four_dots
+from specdec.kernels.cpu.dots import STEP, store_1x1, store_1x4
 from specdec.kernels.cpu.jit import jit
 
 
@@ -48,26 +48,28 @@ def _attend(queries, keys, values, length, paths, depths, scale, out):  # type: 
         seen = places[: length + depths[row] + 1]
         for head in range(heads):
             kv = head // group
-            attend_row(queries[head, row], keys[kv], values[kv], seen, scale, scores, total)
+            attend_row(
+                queries[head, row : row + 1], keys[kv], values[kv], seen, scale, scores, total
+            )
             for i in range(dim):
                 out[head, row, i] = total[i]
 
 
 @jit
 def attend_row(query, keys, values, places, scale, scores, total):  # type: ignore[no-untyped-def]
-    """One row over the keys at `places`, in this order, into `total`; scores is room for them."""
-    dim, seen = len(query), len(places)
+    """One query [1, dim] over the keys at `places`, in this order, into `total`; scores is room."""
+    dim, seen = query.shape[1], len(places)
     position = 0
     if dim % STEP == 0:
         while position + 4 <= seen:
-            store_four_dots(query, keys, places, position, scores, 0)
+            store_1x4(query, keys, places, position, scores, 0)
             position += 4
         while position < seen:
-            store_dot(query, keys, places, position, scores, 0)
+            store_1x1(query, keys, places, position, scores, 0)
             position += 1
     else:
         for at in range(seen):
-            scores[at, 0] = _dot(query, keys[places[at]])
+            scores[at, 0] = _dot(query[0], keys[places[at]])
     peak = np.float32(-np.inf)
     for at in range(seen):
         scores[at, 0] *= scale

@@ -37,6 +37,8 @@ def _attend(queries, keys, values, first, last, scale, out):  # type: ignore[no-
         kv = head // group
         for row in range(rows):
             seen = places[first[row] : last[row]]
-            attend_row(queries[head, row], keys[kv], values[kv], seen, scale, scores, total)
+            attend_row(
+                queries[head, row : row + 1], keys[kv], values[kv], seen, scale, scores, total
+            )
             for i in range(dim):
                 out[head, row, i] = total[i]

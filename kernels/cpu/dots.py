@@ -1,16 +1,17 @@
-"""Dot products of one weight row with several input rows, in an order that is written down.
+"""Dot products of decoded weight rows with input rows, in an order that is written down.
 
 A loop in Numba leaves the order of a sum to the compiler, which may add differently for one row and
 for four. Here the order is part of the code, as LLVM vector instructions: lane i of two registers
 adds the features i, i + 32, i + 64, ... (and 16 further), the registers are added, then the lanes
-by halves. One row alone and four rows at a time give the same bits, on every processor that has a
-fused multiply-add; four rows share the loads of the weights and the folding of the lanes.
+by halves. However many products are computed side by side, each has the same bits, on every
+processor that has a fused multiply-add; side by side they share loads and the folding of lanes.
 """
 
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from llvmlite import ir
+from llvmlite.binding import get_host_cpu_features
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
@@ -18,44 +19,51 @@ from numba.np.arrayobj import make_array
 
 LANES = 16
 STEP = 2 * LANES  # features per step; the length of a row is a multiple of it
+# Whether 16 products side by side fit the registers: 32 of LANES floats each.
+WIDE = bool(get_host_cpu_features().get("avx512f"))
 _FLOAT, _INDEX = ir.FloatType(), ir.IntType(64)
 _VECTOR = ir.VectorType(_FLOAT, LANES)
+_FLOAT_BYTES = 4
 
 
-def _store_dots(rows: int) -> Callable[..., None]:
-    """The intrinsic for `rows` input rows at a time, a power of two up to LANES."""
+def _store_dots(weights: int, rows: int) -> Callable[..., None]:
+    """The intrinsic for `weights` weight rows and `rows` input rows at a time.
+
+    Their product is a power of two up to LANES.
+    """
 
     @intrinsic
     def store_dots(typing, values, x, sources, first, out, feature):  # type: ignore[no-untyped-def]
-        """out[first + r, feature] = values . x[sources[first + r]] for r < rows.
+        """out[first + r, feature + w] = values[w] . x[sources[first + r]] for r < rows, w < weights.
 
-        values float32 [size] and x float32 [n, size], rows laid out contiguously; sources int64.
+        values float32 [weights or more, size] and x float32 [n, size], rows laid out contiguously;
+        sources int64.
         """
 
         def generate(context: Any, builder: Any, signature: Any, args: Sequence[Any]) -> Any:
-            arrays = [
+            values, x, sources, out = [
                 make_array(kind)(context, builder, value)
                 for kind, value in zip(signature.args, args, strict=True)
                 if isinstance(kind, types.Array)
             ]
-            values, x, sources, out = arrays
             at = [builder.add(args[3], _INDEX(r)) for r in range(rows)]
             inputs = [_row(builder, x, builder.load(builder.gep(sources.data, [i]))) for i in at]
-            totals = _fold(builder, _accumulate(builder, values, inputs))
+            rows_of_values = [_row(builder, values, _INDEX(w)) for w in range(weights)]
+            size = builder.extract_value(values.shape, 1)
+            totals = _fold(builder, _accumulate(builder, size, rows_of_values, inputs))
             for r, i in enumerate(at):
-                cell = builder.add(
-                    _row(builder, out, i), builder.mul(args[5], _INDEX(_FLOAT_BYTES))
-                )
-                total = builder.extract_element(totals, ir.IntType(32)(r)) if rows > 1 else totals
-                builder.store(total, builder.inttoptr(cell, _FLOAT.as_pointer()))
+                row = _row(builder, out, i)
+                for w in range(weights):
+                    place = builder.add(args[5], _INDEX(w))
+                    cell = builder.add(row, builder.mul(place, _INDEX(_FLOAT_BYTES)))
+                    lane = ir.IntType(32)(r * weights + w)
+                    total = builder.extract_element(totals, lane) if weights * rows > 1 else totals
+                    builder.store(total, builder.inttoptr(cell, _FLOAT.as_pointer()))
             return context.get_dummy_value()
 
         return types.void(values, x, sources, first, out, feature), generate
 
     return store_dots
-
-
-_FLOAT_BYTES = 4
 
 
 def _row(builder: Any, array: Any, index: Any) -> Any:
@@ -64,10 +72,10 @@ def _row(builder: Any, array: Any, index: Any) -> Any:
     return builder.add(start, builder.mul(index, builder.extract_value(array.strides, 0)))
 
 
-def _accumulate(builder: Any, values: Any, inputs: Sequence[Any]) -> list[Any]:
-    """One vector of partial sums per input row: the loop over the features."""
-    size = builder.extract_value(values.shape, 0)
-    start = builder.ptrtoint(values.data, _INDEX)
+def _accumulate(
+    builder: Any, size: Any, weights: Sequence[Any], inputs: Sequence[Any]
+) -> list[Any]:
+    """One vector of partial sums per input and weight row: the loop over the features."""
     before = builder.block
     loop, after = builder.append_basic_block("dots"), builder.append_basic_block("dots.end")
     fma = cgutils.get_or_insert_function(
@@ -77,7 +85,7 @@ def _accumulate(builder: Any, values: Any, inputs: Sequence[Any]) -> list[Any]:
     builder.position_at_end(loop)
     feature = builder.phi(_INDEX)
     feature.add_incoming(_INDEX(0), before)
-    sums = [builder.phi(_VECTOR) for _ in range(2 * len(inputs))]
+    sums = [builder.phi(_VECTOR) for _ in range(2 * len(weights) * len(inputs))]
     offset = builder.mul(feature, _INDEX(_FLOAT_BYTES))
 
     def load(base: Any, half: int) -> Any:
@@ -86,11 +94,14 @@ def _accumulate(builder: Any, values: Any, inputs: Sequence[Any]) -> list[Any]:
         vector.align = _FLOAT_BYTES
         return vector
 
-    weights = [load(start, half) for half in range(2)]
-    added = [
-        builder.call(fma, [weights[i % 2], load(inputs[i // 2], i % 2), total])
-        for i, total in enumerate(sums)
-    ]
+    factors = [[load(base, half) for half in range(2)] for base in weights]
+    added: list[Any] = []
+    for base in inputs:
+        values = [load(base, half) for half in range(2)]
+        for pair in factors:
+            for half in range(2):
+                total = sums[len(added)]
+                added.append(builder.call(fma, [pair[half], values[half], total]))
     following = builder.add(feature, _INDEX(STEP))
     feature.add_incoming(following, loop)
     for phi, total in zip(sums, added, strict=True):
@@ -102,9 +113,9 @@ def _accumulate(builder: Any, values: Any, inputs: Sequence[Any]) -> list[Any]:
 
 
 def _fold(builder: Any, vectors: list[Any]) -> Any:
-    """Add each vector's lanes by halves: a vector of one sum per input, or the sum itself.
+    """Add each vector's lanes by halves: a vector of one sum per product, or the sum itself.
 
-    Several inputs are folded together in shared registers; each one's additions are the same.
+    Several products are folded together in shared registers; each one's additions are the same.
     """
     lanes = LANES
     while lanes > 1:
@@ -130,4 +141,6 @@ def _pick(builder: Any, first: Any, second: Any, lanes: list[int]) -> Any:
     return builder.shuffle_vector(first, second, mask)
 
 
-store_dot, store_two_dots, store_four_dots = (_store_dots(rows) for rows in (1, 2, 4))
+# store_WEIGHTSxROWS
+store_1x1, store_1x2, store_1x4 = (_store_dots(1, rows) for rows in (1, 2, 4))
+store_4x1, store_4x2 = (_store_dots(4, rows) for rows in (1, 2))

@@ -1,8 +1,8 @@
 """Quantized and dense matrix products for a few rows: a weight row is read and decoded once.
 
 One kernel serves plain linear layers and experts: groups of input rows, each with one matrix of a
-stack. A linear layer is one group with one matrix. The weight row is decoded to float32 and then
-multiplied with all rows of the group (dots.py).
+stack. A linear layer is one group with one matrix. A few weight rows are decoded to float32 and
+then multiplied with all rows of the group (dots.py).
 
 4-bit weights are decoded into the even and the odd input features apart, which keeps the decoding
 in vector registers; the inputs are laid out the same way first. Inputs and decoded rows are padded
@@ -14,9 +14,19 @@ from functools import cache
 
 import numpy as np
 
-from specdec.kernels.cpu.dots import STEP, store_dot, store_four_dots, store_two_dots
+from specdec.kernels.cpu.dots import (
+    STEP,
+    WIDE,
+    store_1x1,
+    store_1x2,
+    store_1x4,
+    store_4x1,
+    store_4x2,
+)
 from specdec.kernels.cpu.jit import jit
 from specdec.kernels.weight import Weight
+
+BLOCK = 4 if WIDE else 1  # weight rows decoded at a time
 
 
 def linear(x: np.ndarray, weight: Weight) -> np.ndarray:
@@ -80,43 +90,59 @@ def _kernel(bits: int, group_size: int) -> Callable[..., None]:
             else:
                 for i in range(size):
                     inputs[row, i] = x[row, i]
-        values = np.zeros(padded, np.float32)
-        # As arrays of their own: two places in one array might overlap, for all the compiler knows.
-        low, high = values[:half], values[half:]
+        values = np.zeros((BLOCK, padded), np.float32)
         for part in range(len(slots)):
             slot = slots[part]
-            for feature in range(data.shape[1]):
-                codes = data[slot, feature]
-                if bits == 0:
-                    for i in range(size):
-                        values[i] = codes[i]
-                for group in range(scales.shape[2]):
-                    scale = scales[slot, feature, group]
-                    bias = biases[slot, feature, group]
-                    at = group * (half_group if bits == 4 else group_size)
-                    if bits == 4:
-                        for i in range(half_group):
-                            byte = codes[at + i]
-                            low[at + i] = np.float32(np.int32(byte & 15)) * scale + bias
-                            high[at + i] = np.float32(np.int32(byte >> 4)) * scale + bias
-                    elif bits == 8:
-                        for i in range(group_size):
-                            values[at + i] = np.float32(np.int32(codes[at + i])) * scale + bias
-                    elif bits > 0:
-                        for i in range(group_size):
-                            code = np.float32(_code(codes, at + i, bits))
-                            values[at + i] = code * scale + bias
+            for first in range(0, data.shape[1], BLOCK):
+                features = min(BLOCK, data.shape[1] - first)
+                for index in range(features):
+                    # As arrays of their own: two places in one array might overlap, for all the
+                    # compiler knows.
+                    row, low, high = values[index], values[index, :half], values[index, half:]
+                    codes = data[slot, first + index]
+                    if bits == 0:
+                        for i in range(size):
+                            row[i] = codes[i]
+                    for group in range(scales.shape[2]):
+                        scale = scales[slot, first + index, group]
+                        bias = biases[slot, first + index, group]
+                        at = group * (half_group if bits == 4 else group_size)
+                        if bits == 4:
+                            for i in range(half_group):
+                                byte = codes[at + i]
+                                low[at + i] = np.float32(np.int32(byte & 15)) * scale + bias
+                                high[at + i] = np.float32(np.int32(byte >> 4)) * scale + bias
+                        elif bits == 8:
+                            for i in range(group_size):
+                                row[at + i] = np.float32(np.int32(codes[at + i])) * scale + bias
+                        elif bits > 0:
+                            for i in range(group_size):
+                                code = np.float32(_code(codes, at + i, bits))
+                                row[at + i] = code * scale + bias
                 pair, end = ends[part], ends[part + 1]
-                while pair + 4 <= end:
-                    store_four_dots(values, inputs, rows, pair, out, feature)
-                    pair += 4
-                if pair + 2 <= end:
-                    store_two_dots(values, inputs, rows, pair, out, feature)
-                    pair += 2
-                if pair < end:
-                    store_dot(values, inputs, rows, pair, out, feature)
+                if WIDE and features == BLOCK:
+                    while pair + 2 <= end:
+                        store_4x2(values, inputs, rows, pair, out, first)
+                        pair += 2
+                    if pair < end:
+                        store_4x1(values, inputs, rows, pair, out, first)
+                else:
+                    for index in range(features):
+                        _one_feature(values[index:], inputs, rows, pair, end, out, first + index)
 
     return kernel
+
+
+@jit
+def _one_feature(values, inputs, rows, pair, end, out, feature):  # type: ignore[no-untyped-def]
+    while pair + 4 <= end:
+        store_1x4(values, inputs, rows, pair, out, feature)
+        pair += 4
+    if pair + 2 <= end:
+        store_1x2(values, inputs, rows, pair, out, feature)
+        pair += 2
+    if pair < end:
+        store_1x1(values, inputs, rows, pair, out, feature)
 
 
 @jit
