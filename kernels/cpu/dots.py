@@ -34,7 +34,7 @@ def _store_dots(weights: int, rows: int) -> Callable[..., None]:
 
     @intrinsic
     def store_dots(typing, values, x, sources, first, out, feature):  # type: ignore[no-untyped-def]
-        """out[first + r, feature + w] = values[w] . x[sources[first + r]] for r < rows, w < weights.
+        """out[first + r, feature + w] = values[w] . x[sources[first + r]], r < rows, w < weights.
 
         values float32 [weights or more, size] and x float32 [n, size], rows laid out contiguously;
         sources int64.
