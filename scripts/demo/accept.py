@@ -71,8 +71,12 @@ def marginals(target: Target, draft: Draft, tokens: Tensor, keep: int) -> tuple[
 
 
 def replay(
-    tokens: list[int], logp: list[list[list[float]]], ids: list[list[list[int]]],
-    size: int, end: int, budget: int,
+    tokens: list[int],
+    logp: list[list[list[float]]],
+    ids: list[list[list[int]]],
+    size: int,
+    end: int,
+    budget: int,
 ) -> list[int]:
     """Accepted drafts of every round; budget 0 means the top-1 chain."""
     depths, at = [], size
@@ -81,8 +85,9 @@ def replay(
         if budget:
             got = accepted(best_first(logp[at], ids[at], budget), truth)
         else:
-            got = accepted({tuple(r[0] for r in ids[at][: d + 1]) for d in range(len(ids[at]))},
-                           truth)
+            got = accepted(
+                {tuple(r[0] for r in ids[at][: d + 1]) for d in range(len(ids[at]))}, truth
+            )
         depths.append(got)
         at += 1 + got
     return depths
@@ -102,15 +107,24 @@ def fresh_end(tokens: list[int], size: int, end: int, gram: int = 8) -> int:
 def summary(depths: list[list[int]], slots: int) -> dict[str, object]:
     rounds = [d for row in depths for d in row]
     means = [sum(row) / len(row) + 1 for row in depths if row]
-    reach = [round(sum(d >= k for d in rounds) / max(1, len(rounds)), 3)
-             for k in range(1, slots + 1)]
-    return {"tokens_per_round": round(sum(rounds) / max(1, len(rounds)) + 1, 3),
-            "mean_over_prompts": round(sum(means) / max(1, len(means)), 3), "reached": reach}
+    reach = [
+        round(sum(d >= k for d in rounds) / max(1, len(rounds)), 3) for k in range(1, slots + 1)
+    ]
+    return {
+        "tokens_per_round": round(sum(rounds) / max(1, len(rounds)) + 1, 3),
+        "mean_over_prompts": round(sum(means) / max(1, len(means)), 3),
+        "reached": reach,
+    }
 
 
 def measure(
-    target: Target, draft: Draft, rows: Tensor, size: Tensor, kinds: list[str],
-    budgets: list[int], batch: int,
+    target: Target,
+    draft: Draft,
+    rows: Tensor,
+    size: Tensor,
+    kinds: list[str],
+    budgets: list[int],
+    batch: int,
 ) -> dict[str, object]:
     """rows [N, L] with prompts in front -> figures per class."""
     slots = draft.cfg.block - 1
@@ -196,8 +210,15 @@ def main() -> None:
     for i, ids in enumerate(listed):
         table[i, : len(ids)] = torch.tensor(ids)
     with torch.no_grad():
-        report = measure(target, draft, table, torch.tensor(sizes, device=device), kinds,
-                         args.budgets, min(args.batch, len(listed)))
+        report = measure(
+            target,
+            draft,
+            table,
+            torch.tensor(sizes, device=device),
+            kinds,
+            args.budgets,
+            min(args.batch, len(listed)),
+        )
     args.out.write_text(json.dumps(report, indent=1) + "\n")
     print(json.dumps(report, indent=1), flush=True)
 

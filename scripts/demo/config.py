@@ -43,8 +43,10 @@ class TargetConfig:
         return layer % self.interval == self.interval - 1
 
     def text_config(self) -> dict[str, Any]:
-        kinds = ["full_attention" if self.is_attention(i) else "linear_attention"
-                 for i in range(self.layers)]
+        kinds = [
+            "full_attention" if self.is_attention(i) else "linear_attention"
+            for i in range(self.layers)
+        ]
         return {
             "model_type": "qwen3_5_moe_text",
             "attention_bias": False,

@@ -83,9 +83,7 @@ class Layer(nn.Module):
         self.input_layernorm = Norm(cfg.hidden, cfg.eps)
         self.post_attention_layernorm = Norm(cfg.hidden, cfg.eps)
 
-    def forward(
-        self, x: Tensor, c: Tensor, turn_n: Tensor, turn_c: Tensor, mask: Tensor
-    ) -> Tensor:
+    def forward(self, x: Tensor, c: Tensor, turn_n: Tensor, turn_c: Tensor, mask: Tensor) -> Tensor:
         n = self.input_layernorm(x).to(c.dtype)
         x = x + self.self_attn(n, c, turn_n, turn_c, mask)
         return x + self.mlp(self.post_attention_layernorm(x).to(c.dtype))

@@ -203,8 +203,12 @@ class Experts(nn.Module):
         down = torch.cat([down, one.down_proj(kind)], 1)
         inner = F.silu(F.linear(x, gate_rows)) * F.linear(x, up_rows)
         scale = torch.cat(
-            [mix.repeat_interleave(cfg.expert_width, -1), share.expand(*share.shape[:-1],
-                                                                      cfg.shared_width)], -1)
+            [
+                mix.repeat_interleave(cfg.expert_width, -1),
+                share.expand(*share.shape[:-1], cfg.shared_width),
+            ],
+            -1,
+        )
         return F.linear((inner.float() * scale).to(kind), down), load, balance
 
 
@@ -232,7 +236,12 @@ class Layer(nn.Module):
         return x + y, load, balance
 
     def step(
-        self, x: Tensor, state: list[Tensor], cos: Tensor, sin: Tensor, at: Tensor,
+        self,
+        x: Tensor,
+        state: list[Tensor],
+        cos: Tensor,
+        sin: Tensor,
+        at: Tensor,
         dtype: torch.dtype,
     ) -> Tensor:
         x = x + self.mixer.step(self.input_layernorm(x).to(dtype), state, cos, sin, at)

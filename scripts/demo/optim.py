@@ -42,8 +42,7 @@ class Muon(torch.optim.Optimizer):
                 stacks[flat.shape[-2], flat.shape[-1]].append((p, flat))
             for items in stacks.values():
                 done = orthogonalise(torch.cat([flat for _, flat in items]))
-                for (p, _), new in zip(items, done.split([len(f) for _, f in items]),
-                                          strict=True):
+                for (p, _), new in zip(items, done.split([len(f) for _, f in items]), strict=True):
                     rows, columns = p.shape[-2:]
                     new = (new.mT if rows > columns else new).reshape(p.shape)
                     p.mul_(1 - group["lr"] * group["decay"])

@@ -54,8 +54,7 @@ def packing_is_exact(model: Target) -> bool:
         words = mx.array(packed["weight"].numpy().view(np.uint32))
         scales, biases = (mx.array(packed[k].float().numpy()) for k in ("scales", "biases"))
         theirs = mx.dequantize(words, scales, biases, group_size=64, bits=module.bits)
-        ours = quantise.unpack(
-            packed["weight"], packed["scales"], packed["biases"], module.bits)
+        ours = quantise.unpack(packed["weight"], packed["scales"], packed["biases"], module.bits)
         if not np.array_equal(np.array(theirs), ours.numpy()):
             return False
     return True

@@ -123,8 +123,10 @@ class Trainer:
             for name in ("heldout_files", "heldout_packages"):
                 tokens = data.read(self.args.tokens / f"{name}.bin", self.device)
                 size = self.sizes[name]
-                losses = [self.steps.run(batch).clone()  # its gradient is dropped below
-                          for batch in data.in_order(tokens, self.args.micro, self.args.length)]
+                losses = [
+                    self.steps.run(batch).clone()  # its gradient is dropped below
+                    for batch in data.in_order(tokens, self.args.micro, self.args.length)
+                ]
                 nats = float(torch.stack(losses).mean())
                 report[name] = nats
                 report[name + "_bpb"] = nats * size["tokens"] / size["bytes"] / math.log(2)
@@ -146,7 +148,10 @@ class Trainer:
             if progress >= args.round_from and not rounding:
                 rounding = True
                 report["before_rounding"] = {
-                    "step": step, "plain": self.held_out(False), "rounded": self.held_out(True)}
+                    "step": step,
+                    "plain": self.held_out(False),
+                    "rounded": self.held_out(True),
+                }
                 print(json.dumps(report["before_rounding"]), flush=True)
             total = torch.zeros((), device=self.device)
             with self.rounder.on(rounding):
@@ -158,9 +163,12 @@ class Trainer:
                 value, seconds, mark = float(total), time.time() - mark, time.time()
                 speed = args.log * args.batch * args.length / seconds
                 loads = self.steps.loads * self.model.cfg.experts
-                print(f"step {step} {progress:.1%} loss {value:.4f} {speed:,.0f} tok/s "
-                      f"expert load {float(loads.min()):.3f} to {float(loads.max()):.2f}, "
-                      f"worst layer uses {int((loads > 0.05).sum(1).min())}", flush=True)
+                print(
+                    f"step {step} {progress:.1%} loss {value:.4f} {speed:,.0f} tok/s "
+                    f"expert load {float(loads.min()):.3f} to {float(loads.max()):.2f}, "
+                    f"worst layer uses {int((loads > 0.05).sum(1).min())}",
+                    flush=True,
+                )
             step += 1
             if args.save and step % args.save == 0:
                 self.done, self.spent = step, time.time() - began
@@ -179,8 +187,12 @@ class Trainer:
         return report
 
     def save(self) -> None:
-        state = {"model": self.model.state_dict(), "optimiser": self.optimiser.state_dict(),
-                 "done": self.done, "spent": self.spent}
+        state = {
+            "model": self.model.state_dict(),
+            "optimiser": self.optimiser.state_dict(),
+            "done": self.done,
+            "spent": self.spent,
+        }
         torch.save(state, self.args.out / "state.tmp")
         (self.args.out / "state.tmp").rename(self.args.out / "state.pt")
 
