@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from specdec.config_reader import ConfigReader
 from specdec.errors import CheckpointError
 from specdec.kernels.rope import RopeConfig
 
@@ -81,52 +82,22 @@ def default_target_layer_ids(target_layers: int, count: int) -> tuple[int, ...]:
     return tuple(round(1 + i * span / (count - 1)) for i in range(count))
 
 
-class _Reader:
-    """Reads typed keys with errors that name the file and the key."""
+class _Reader(ConfigReader):
+    """DFlash's own keys count from dflash_config first, then from the top level."""
 
     def __init__(self, config: Mapping[str, Any], source: str) -> None:
-        self.source, self.top = source, config
+        self.top = config
         own = config.get("dflash_config") or {}
         if not isinstance(own, Mapping):
-            raise self.error(f"dflash_config is {own!r}, expected an object")
+            raise CheckpointError(f"{source}: dflash_config is {own!r}, expected an object")
+        super().__init__(source, own, config)
         self.own = own
-
-    def error(self, text: str) -> CheckpointError:
-        return CheckpointError(f"{self.source}: {text}")
-
-    def get(self, key: str) -> Any:
-        """A DFlash key: from dflash_config, else from the top level."""
-        value = self.own.get(key)
-        return self.top.get(key) if value is None else value
-
-    def integer(self, key: str, default: int | None = None, minimum: int = 1) -> int:
-        value = self.get(key)
-        if value is None:
-            value = default
-        if value is None:
-            raise self.error(f"missing key {key!r}")
-        if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
-            raise self.error(f"{key} = {value!r}, expected an integer of at least {minimum}")
-        return value
-
-    def positive(self, key: str, default: float, zero: bool = False) -> float:
-        value = self.get(key)
-        if value is None:
-            return default
-        good = isinstance(value, int | float) and not isinstance(value, bool)
-        if not good or not (0 < value < float("inf") or (zero and value == 0)):
-            raise self.error(f"{key} = {value!r}, expected a positive number")
-        return float(value)
 
     def draft(self) -> DraftConfig:
         self.refuse()
         layers = self.integer("num_hidden_layers")
         hidden = self.integer("hidden_size")
-        heads = self.integer("num_attention_heads")
-        kv_heads = self.integer("num_key_value_heads", heads)
-        if heads % kv_heads:
-            raise self.error(f"{heads} attention heads do not divide among {kv_heads} kv heads")
-        head_dim = self.integer("head_dim", hidden // heads)
+        heads, kv_heads, head_dim = self.attention_heads(hidden)
         vocab = self.integer("vocab_size")
         mask = self.integer("mask_token_id", minimum=0)
         if mask >= vocab:

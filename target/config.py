@@ -6,10 +6,10 @@ model_type, attention biases, and values that contradict each other, naming file
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from math import inf
 from typing import Any
 
 from specdec.checkpoint import Checkpoint
+from specdec.config_reader import ConfigReader
 from specdec.errors import CheckpointError
 from specdec.kernels.rope import RopeConfig
 
@@ -113,49 +113,25 @@ class TargetConfig:
         return _Reader(config, source).target()
 
 
-class _Reader:
-    """Reads typed, required keys with errors that name the file and the key."""
+class _Reader(ConfigReader):
+    """The text model's keys, from text_config where there is one."""
 
     def __init__(self, config: Mapping[str, Any], source: str) -> None:
-        self.outer = config
-        self.source = source
         model_type = config.get("model_type")
         text = config.get("text_config", config)
         if not isinstance(text, Mapping):
             raise CheckpointError(f"{source}: text_config is not an object")
+        super().__init__(source, text, config)
         self.text = text
         for name in (model_type, text.get("model_type")):
             if isinstance(name, str) and name in FAMILIES:
                 self.family = FAMILIES[name]
                 break
         else:
-            raise CheckpointError(
-                f"{source}: unknown model_type {model_type!r}; "
+            raise self.error(
+                f"unknown model_type {model_type!r}; "
                 f"this engine runs {', '.join(sorted(set(FAMILIES.values())))}"
             )
-
-    def error(self, message: str) -> CheckpointError:
-        return CheckpointError(f"{self.source}: {message}")
-
-    def integer(self, key: str, default: int | None = None, minimum: int = 1) -> int:
-        value = self.text.get(key, default)
-        if value is None:
-            raise self.error(f"missing key {key!r}")
-        if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
-            raise self.error(f"{key} = {value!r}, expected an integer of at least {minimum}")
-        return value
-
-    def positive(self, key: str, default: float) -> float:
-        value = self.text.get(key, default)
-        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < inf:
-            raise self.error(f"{key} = {value!r}, expected a number above 0")
-        return float(value)
-
-    def flag(self, key: str, default: bool) -> bool:
-        value = self.text.get(key, self.outer.get(key, default))
-        if not isinstance(value, bool):
-            raise self.error(f"{key} = {value!r}, expected true or false")
-        return value
 
     def target(self) -> TargetConfig:
         layers = self.integer("num_hidden_layers")
@@ -168,11 +144,7 @@ class _Reader:
         if self.flag("use_sliding_window", False):
             raise self.error("use_sliding_window = true is not supported")
         hidden = self.integer("hidden_size")
-        heads = self.integer("num_attention_heads")
-        kv_heads = self.integer("num_key_value_heads", heads)
-        if heads % kv_heads:
-            raise self.error(f"{heads} attention heads do not divide among {kv_heads} kv heads")
-        head_dim = self.integer("head_dim", hidden // heads)
+        heads, kv_heads, head_dim = self.attention_heads(hidden)
         experts = self.integer("num_experts")
         top_k = self.integer("num_experts_per_tok")
         if top_k > experts:
