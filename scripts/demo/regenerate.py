@@ -3,7 +3,8 @@
 Prompts (half of them document beginnings) are fed token by token through the recurrent form, then
 the target goes on, greedily in most rows and at temperature 0.7 in the others. Writes one
 ``.npz`` with ``tokens`` [N, L] uint16, ``size`` [N] (prompt tokens) and ``end`` [N] (one past the
-last token to learn from: a row stops after its first end-of-text), and prints how many rows loop.
+last token to learn from: a row stops after its first end-of-text, and ``--loop`` tokens after it
+begins to repeat itself), and prints how many rows loop.
 """
 
 from __future__ import annotations
@@ -90,6 +91,19 @@ def ends(tokens: Tensor, size: Tensor) -> Tensor:
     return first + 1
 
 
+def repeats(tokens: Tensor, size: Tensor, end: Tensor, gram: int = 8) -> Tensor:
+    """Where every response first repeats ``gram`` tokens of itself, or its end: [B]."""
+    powers = [pow(1000003, k, 1 << 47) for k in range(gram)]  # a gram's key fits 63 bits
+    mix = torch.tensor(powers, device=tokens.device)
+    keys = (tokens.unfold(1, gram, 1) * mix).sum(-1)
+    at = torch.arange(keys.shape[1], device=tokens.device)
+    inside = (at >= size.unsqueeze(1)) & (at < end.unsqueeze(1) - gram)
+    found = torch.where(inside, keys, -1 - at).sort(dim=1, stable=True)  # equal keys: by position
+    again = found.values[:, 1:] == found.values[:, :-1]
+    first = torch.where(again, found.indices[:, 1:], tokens.shape[1]).amin(1)
+    return torch.minimum(first, end)
+
+
 def loops(tokens: np.ndarray, size: np.ndarray, end: np.ndarray) -> np.ndarray:
     """Rows whose response repeats itself: fewer than 40 % of its 6-grams are distinct."""
     out = np.zeros(len(tokens), dtype=bool)
@@ -113,10 +127,17 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="the .npz to write")
     parser.add_argument("--batch", type=int, default=2048)
     parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--minutes", type=float, default=0.0, help="instead of --rounds")
     parser.add_argument("--length", type=int, default=448)
     parser.add_argument("--low", type=int, default=32, help="shortest prompt")
     parser.add_argument("--high", type=int, default=160, help="longest prompt + 1")
     parser.add_argument("--warm", type=float, default=0.15, help="share of rows at T = 0.7")
+    parser.add_argument(
+        "--loop",
+        type=int,
+        default=1 << 16,
+        help="tokens to keep after a row begins to repeat itself",
+    )
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -129,23 +150,33 @@ def main() -> None:
     with torch.no_grad():
         generator = Generator(model, args.batch, args.length)
     kept: list[tuple[np.ndarray, ...]] = []
-    began = time.time()
-    for i in range(args.rounds):
+    began, new, fresh, looping = time.time(), 0, 0, 0
+    i = 0
+    while time.time() - began < 60 * args.minutes if args.minutes else i < args.rounds:
         rows, size = data.prompts(
             stream, newline, args.batch, args.low, args.high, args.length, args.seed * 1000 + i
         )
         heat = 0.7 * (torch.rand(args.batch, device=device) < args.warm)
         done = generator.run(rows, size, heat)
-        end = ends(done, size)
-        kept.append(tuple(x.cpu().numpy() for x in (done.to(torch.int32), size, end)))
+        stop = ends(done, size)
+        first = repeats(done, size, stop)
+        end = torch.minimum(stop, first + args.loop)
+        new, fresh = new + int((end - size).sum()), fresh + int((first - size).sum())
+        looping += int((first < stop).sum())
+        kept.append(
+            (
+                done.cpu().numpy().astype(np.uint16),
+                *(x.cpu().numpy().astype(np.int32) for x in (size, end)),
+            )
+        )
+        i += 1
     tokens, size, end = (np.concatenate(part) for part in zip(*kept, strict=True))
-    looping = loops(tokens[:4096], size[:4096], end[:4096])
-    np.savez(args.out, tokens=tokens.astype(np.uint16), size=size.astype(np.int32),
-             end=end.astype(np.int32))
+    np.savez(args.out, tokens=tokens, size=size, end=end)
     report = {
         "rows": len(tokens),
-        "new_tokens": int((end - size).sum()),
-        "looping_share": float(looping.mean()),
+        "new_tokens": new,
+        "before_repeating": fresh,
+        "repeating_share": round(looping / len(tokens), 3),
         "seconds": round(time.time() - began, 1),
     }
     args.out.with_suffix(".json").write_text(json.dumps(report) + "\n")
