@@ -17,7 +17,7 @@ from specdec.commands.options import memory_options
     type=click.IntRange(min=1),
     default=200,
     show_default=True,
-    help="Positions of the built-in text to measure.",
+    help="Tokens the target adds to the built-in text, and which are measured.",
 )
 @click.option(
     "--thorough", is_flag=True, help="Try other settings of the draft even if it predicts well."
@@ -25,6 +25,9 @@ from specdec.commands.options import memory_options
 @click.option("--quiet", "-q", is_flag=True, help="Print the findings, on stderr only problems.")
 def doctor(**options: Any) -> None:
     """Check that a draft belongs to a target, and measure how well it predicts it.
+
+    The target continues a built-in text greedily, and the draft is measured on that: drafts learn
+    from what their target says, not from what others write.
 
     TARGET and DRAFT are folders or Hugging Face repositories; without them, the demo pair. The
     findings go to stdout. The exit code is 1 when the draft predicts too little.
@@ -35,20 +38,26 @@ def doctor(**options: Any) -> None:
 
     from specdec.commands import session
     from specdec.draft.doctor import CHUNK, TEXT, examine
-    from specdec.generation import check_prompt
+    from specdec.generation import Request, check_prompt, generate
 
     tokenizer, config = session.door(options)
     tokens = tokenizer.encode(TEXT)
     check_prompt(tokens, config)
+    context = len(tokens) + options["positions"]
     # Logits of a whole chunk are looked at, as of a tree of that many rows.
-    loaded = session.load(options, len(tokens), len(tokens) + 1, CHUNK, console, tokenizer)
+    loaded = session.load(options, len(tokens), context, CHUNK, console, tokenizer)
     engine = loaded.engine
     assert engine.draft is not None
+    request = Request(tuple(tokens), budget=1, max_tokens=options["positions"])
+    console.say("the target continues the built-in text")
+    own = generate(engine, tokenizer, request)
+    if own.finish == "interrupted":
+        raise KeyboardInterrupt
     found = examine(
         engine.target,
         engine.draft,
-        tokens,
-        options["positions"],
+        [*tokens, *own.tokens],
+        len(own.tokens),
         thorough=options["thorough"],
         on_progress=console.say,
     )

@@ -271,6 +271,9 @@ def test_doctor_tells_a_random_draft(pair):
     assert done.exit_code == 1, done.stderr
     assert "slot 1:" in done.stdout
     assert "Too low: first-slot agreement" in done.stdout
+    # The measured tokens are the target's own: later slots count wherever there is a next token.
+    assert re.search(r"slot 1: [\d.]+ % \(\d+ of 20\)", done.stdout)
+    assert re.search(r"slot 2: [\d.]+ % \(\d+ of 19\)", done.stdout)
 
 
 @pytest.mark.parametrize("thorough", [True, False])
