@@ -15,7 +15,7 @@ from specdec.bench import read_prompts
 from specdec.generation import Request, generate
 from specdec.load import Settings, load
 from specdec.tree.build import KINDS
-from tests.commands import run
+from tests.commands import run as run_command
 
 TOKENS = 64  # of every prompt
 PEER_PROMPTS = 10  # the shortest ones: MLX runs a CPU token in 30 ms
@@ -107,6 +107,6 @@ def test_text_is_that_of_mlx_lm(prompts, alone, places):
 
 
 def test_the_doctor_finds_that_the_pair_fits():
-    done = run("doctor", "--positions", "60", "--quiet")
+    done = run_command("doctor", "--positions", "60", "--quiet")
     assert done.exit_code == 0, done.output
     assert "The pair fits" in done.stdout
