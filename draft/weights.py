@@ -16,7 +16,6 @@ from specdec.draft.config import DraftConfig
 from specdec.errors import CheckpointError
 from specdec.kernels.array import Array, Backend
 from specdec.kernels.weight import Weight
-from specdec.shards import FLOATS
 
 _BORROWED = ("embed_tokens.", "lm_head.")
 
@@ -153,12 +152,10 @@ class _Files:
 
     def _check_module(self, path: str, shape: tuple[int, ...]) -> None:
         packing = None if len(shape) == 1 else self.checkpoint.quantization(path, shape[-1])
-        info = self.checkpoint.info(f"{path}.weight", None if packing else shape)
-        if packing is None and info.dtype not in FLOATS:
-            raise CheckpointError(
-                f"{info.file}: tensor {info.name} is {info.dtype}, expected one of "
-                f"{', '.join(FLOATS)}"
-            )
+        if packing is None:
+            self.checkpoint.floats(f"{path}.weight", shape)
+            return
+        info = self.checkpoint.info(f"{path}.weight")
         if info.shape[0] != shape[0]:
             raise CheckpointError(
                 f"{info.file}: tensor {info.name} has {info.shape[0]} rows, expected {shape[0]}"

@@ -108,9 +108,7 @@ class ExpertCache:
         total = sum(info.nbytes for layer in layers for info in self.store.infos(layer))
         done = 0
         for layer in layers:
-            infos = self.store.infos(layer)
-            order = sorted(range(len(infos)), key=lambda i: (str(infos[i].file), infos[i].offset))
-            for index in order:
+            for index in self.store.reading_order(layer):
                 view = self._pinned[layer].views[index]
                 count = self.store.read(layer, index, 0, view)
                 self._bytes_read[layer] += count
@@ -216,9 +214,9 @@ class ExpertCache:
 
     def _read(self, layer: int, experts: np.ndarray, slots: np.ndarray) -> None:
         """Read experts into slots of the layer's bank, ascending by file and offset."""
-        bank, infos = self._groups[layer].bank, self.store.infos(layer)
-        order = sorted(range(len(infos)), key=lambda i: (str(infos[i].file), infos[i].offset))
-        for index in order:  # tensors do not overlap, and experts ascend within each
+        bank = self._groups[layer].bank
+        # Tensors do not overlap, and experts ascend within each.
+        for index in self.store.reading_order(layer):
             for expert, slot in zip(experts.tolist(), slots.tolist(), strict=True):
                 view = bank.views[index][slot : slot + 1]
                 self._bytes_read[layer] += self.store.read(layer, index, expert, view)

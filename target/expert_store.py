@@ -74,6 +74,12 @@ class ExpertStore:
         self._geometries: dict[int, Geometry] = {}
         for layer in self.layers:
             self._infos[layer], self._geometries[layer] = self._describe(layer)
+        self._orders = {
+            layer: tuple(
+                sorted(range(len(infos)), key=lambda i: (str(infos[i].file), infos[i].offset))
+            )
+            for layer, infos in self._infos.items()
+        }
 
     def geometry(self, layer: int) -> Geometry:
         return self._geometries[layer]
@@ -81,6 +87,10 @@ class ExpertStore:
     def infos(self, layer: int) -> tuple[TensorInfo, ...]:
         """The stacked tensors of a layer, in the order of its geometry's `tensors`."""
         return self._infos[layer]
+
+    def reading_order(self, layer: int) -> tuple[int, ...]:
+        """Indexes of a layer's tensors, ascending by file and offset."""
+        return self._orders[layer]
 
     def expert_bytes_resident(self, layer: int, dtype: mx.Dtype) -> int:
         """Bytes one slot takes, floats in `dtype`."""
