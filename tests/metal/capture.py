@@ -13,7 +13,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from specdec.kernels.metal import MetalKernel, Template, Threads
+from specdec.kernels.gpu.kernel import MetalKernel, Template, Threads
 
 PRINTED = re.compile(r"^Generated source code for `.*?`:\n```\n(.*?)\n```$", re.M | re.S)
 
@@ -31,7 +31,7 @@ def source_for(
     arguments = list((template or {}).items())
     called: Any = kernel
     if isinstance(kernel, MetalKernel):
-        arguments = kernel.check(inputs, grid, threadgroup, template or {})
+        arguments = kernel.check(grid, threadgroup, template or {})
         called = kernel.on_metal()
 
     def launch(*arrays: mx.array) -> Any:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import mlx.core as mx
 
-from specdec.kernels.metal import MetalKernel, Template
+from specdec.kernels.gpu.kernel import MetalKernel, Template
 
 TYPES = {
     mx.bool_: "bool",

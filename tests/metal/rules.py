@@ -2,7 +2,7 @@
 
 import re
 
-from specdec.kernels.metal import MetalKernel
+from specdec.kernels.gpu.kernel import MetalKernel
 
 RULES = {
     r"\b(?:device|constant|threadgroup|thread)\b": "names an address space",

@@ -11,7 +11,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from specdec.kernels.metal import MetalKernel, Template, Threads
+from specdec.kernels.gpu.kernel import Launch, MetalKernel, Template, Threads
 from tests.metal.build import Sanitize, built
 from tests.metal.capture import source_for
 from tests.metal.msl import Msl
@@ -85,27 +85,26 @@ def run_msl(
 
 @contextmanager
 def through_shim(order: Order = "forward", sanitize: Sanitize = None) -> Iterator[None]:
-    """Calls of a MetalKernel run on the shim meanwhile, so that wrappers run as they are."""
+    """Launches run on the shim meanwhile, so that wrappers run as they are."""
 
-    def call(self: MetalKernel, *arguments: Any, **options: Any) -> list[mx.array]:
-        bound = dict(zip(LAUNCH, arguments, strict=False)) | options
-        results = run_msl(self, **bound, order=order, sanitize=sanitize)
-        return [mx.array(r).astype(d) for r, d in zip(results, bound["output_dtypes"], strict=True)]
+    def call(self: Launch, *inputs: mx.array) -> list[mx.array]:
+        results = run_msl(
+            self.kernel,
+            inputs,
+            self.output_shapes,
+            self.output_dtypes,
+            self.grid,
+            self.threadgroup,
+            dict(self.template),
+            self.init_value,
+            order=order,
+            sanitize=sanitize,
+        )
+        return [mx.array(r).astype(d) for r, d in zip(results, self.output_dtypes, strict=True)]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(MetalKernel, "__call__", call)
+        patch.setattr(Launch, "__call__", call)
         yield
-
-
-LAUNCH = (
-    "inputs",
-    "output_shapes",
-    "output_dtypes",
-    "grid",
-    "threadgroup",
-    "template",
-    "init_value",
-)
 
 
 def _executed(command: list[str], message: bytes) -> subprocess.CompletedProcess[bytes]:

@@ -3,8 +3,8 @@
 import mlx.core as mx
 import pytest
 
-from specdec.kernels.metal import MetalKernel
-from specdec.kernels.vocabulary import definitions, without_comments
+from specdec.kernels.gpu.kernel import MetalKernel
+from specdec.kernels.gpu.vocabulary import definitions, without_comments
 from tests.metal.rules import broken_rules
 from tests.metal.samples import RMS_NORM, ROW_SUM, WORDS
 
@@ -57,10 +57,10 @@ def test_definitions_bring_what_they_need_in_the_order_of_the_file():
 
 def test_nothing_runs_without_a_gpu_and_nothing_is_read_before(tmp_path):
     kernel = MetalKernel("absent", ("x",), ("out",), folder=tmp_path)
-    launch = ([mx.zeros(1)], [(1,)], [mx.float32], (1, 1, 1), (1, 1, 1))
+    launch = kernel.launch([(1,)], [mx.float32], (1, 1, 1), (1, 1, 1))
     if not mx.metal.is_available() and not mx.cuda.is_available():
         with pytest.raises(RuntimeError, match="kernel absent: MLX has no GPU here"):
-            kernel(*launch)
+            launch(mx.zeros(1))
     else:
         with pytest.raises(FileNotFoundError):
-            kernel(*launch)
+            launch(mx.zeros(1))

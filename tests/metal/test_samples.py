@@ -4,7 +4,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from specdec.kernels.metal import MetalKernel
+from specdec.kernels.gpu.kernel import MetalKernel
 from tests.metal.build import compiler
 from tests.metal.run import Order, run_msl, through_shim
 from tests.metal.samples import RMS_NORM, ROW_SUM, WORDS
@@ -48,17 +48,17 @@ def test_row_sum(rows, columns, threads, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("sanitize", [None, "memory", "races"])
-def test_rms_norm_through_its_call(dtype, sanitize):
+def test_rms_norm_through_its_launch(dtype, sanitize):
     x, weight = random((5, 45), dtype), random((45,), dtype, 1)
     with through_shim(sanitize=sanitize):
-        (out,) = RMS_NORM(
-            [x, weight, mx.array([1e-6])],
+        launch = RMS_NORM.launch(
             [x.shape],
             [dtype],
             grid=(64 * 3, 1, 1),
             threadgroup=(64, 1, 1),
             template={"T": dtype},
         )
+        (out,) = launch(x, weight, mx.array([1e-6]))
     assert out.dtype == dtype
     expected = exact(x) / np.sqrt((exact(x) ** 2).mean(1, keepdims=True) + 1e-6) * exact(weight)
     np.testing.assert_allclose(exact(out), expected, rtol=DTYPES[dtype], atol=1e-6)

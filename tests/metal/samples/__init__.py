@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from specdec.kernels.metal import MetalKernel
+from specdec.kernels.gpu.kernel import MetalKernel
 
 HERE = Path(__file__).parent
 

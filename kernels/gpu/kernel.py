@@ -2,7 +2,7 @@
 
 The body is a .metal file: the text between the braces of a kernel, whose signature MLX writes.
 How to write one that both accept: docs/writing-kernels.md. Nothing is read or compiled before the
-first call. Refused: a launch that is not made of whole threadgroups, since the two platforms would
+first launch. Refused: a launch that is not made of whole threadgroups, since the two platforms would
 run different threads; machines without a GPU.
 """
 
@@ -15,7 +15,7 @@ from typing import Any, TypeAlias
 
 import mlx.core as mx
 
-from specdec.kernels.vocabulary import definitions, without_comments
+from specdec.kernels.gpu.vocabulary import definitions, without_comments
 
 Template: TypeAlias = Mapping[str, int | bool | mx.Dtype]
 Threads: TypeAlias = tuple[int, int, int]
@@ -24,7 +24,7 @@ MAX_THREADS = 1024  # of a threadgroup, on either platform
 
 
 def _here() -> Traversable:
-    return files("specdec.kernels")
+    return files("specdec.kernels.gpu")
 
 
 @dataclass(frozen=True)
@@ -42,40 +42,34 @@ class MetalKernel:
     helpers: tuple[str, ...] = ()
     folder: Traversable = field(default_factory=_here)
 
-    def __call__(
+    def launch(
         self,
-        inputs: Sequence[mx.array],
         output_shapes: Sequence[tuple[int, ...]],
         output_dtypes: Sequence[mx.Dtype],
         grid: Threads,
         threadgroup: Threads,
         template: Template | None = None,
         init_value: float | None = None,
-    ) -> list[mx.array]:
-        """The outputs, lazily. What the body does not write of them is undefined.
+    ) -> "Launch":
+        """A launch of this kernel, checked once, to be called with inputs any number of times.
 
         grid: threads in x, y, z; a multiple of `threadgroup` in each, ValueError otherwise.
-        init_value: what outputs hold before.
+        init_value: what outputs hold before; else what the body does not write is undefined.
         """
-        arguments = self.check(inputs, grid, threadgroup, template or {})
-        return self._on_gpu(
-            inputs=inputs,
-            output_shapes=output_shapes,
-            output_dtypes=output_dtypes,
-            grid=grid,
-            threadgroup=threadgroup,
-            template=arguments,
-            init_value=init_value,
+        return Launch(
+            self,
+            tuple(output_shapes),
+            tuple(output_dtypes),
+            grid,
+            threadgroup,
+            tuple(self.check(grid, threadgroup, template or {})),
+            init_value,
         )
 
     def check(
-        self, inputs: Sequence[mx.array], grid: Threads, threadgroup: Threads, template: Template
+        self, grid: Threads, threadgroup: Threads, template: Template
     ) -> list[tuple[str, int | bool | mx.Dtype]]:
         """The template arguments in order; ValueError for a launch that cannot be meant."""
-        if len(inputs) != len(self.inputs):
-            raise ValueError(
-                f"kernel {self.name}: {len(inputs)} inputs, expected {', '.join(self.inputs)}"
-            )
         if template.keys() != set(self.template):
             raise ValueError(
                 f"kernel {self.name}: template arguments {', '.join(template) or 'none'}, "
@@ -123,9 +117,38 @@ class MetalKernel:
         )
 
     @cached_property
-    def _on_gpu(self) -> Any:
+    def on_gpu(self) -> Any:
         if mx.metal.is_available():
             return self.on_metal()
         if mx.cuda.is_available():
             return self.on_cuda()
         raise RuntimeError(f"kernel {self.name}: MLX has no GPU here")
+
+
+@dataclass(frozen=True, eq=False)
+class Launch:
+    """A kernel with everything but its inputs; what MLX is told at each call is kept ready."""
+
+    kernel: MetalKernel
+    output_shapes: tuple[tuple[int, ...], ...]
+    output_dtypes: tuple[mx.Dtype, ...]
+    grid: Threads
+    threadgroup: Threads
+    template: tuple[tuple[str, int | bool | mx.Dtype], ...] = ()
+    init_value: float | None = None
+
+    def __call__(self, *inputs: mx.array) -> list[mx.array]:
+        """The outputs, lazily; inputs in the kernel's order."""
+        found: list[mx.array] = self.kernel.on_gpu(inputs=inputs, **self._options)
+        return found
+
+    @cached_property
+    def _options(self) -> dict[str, Any]:
+        return {
+            "output_shapes": list(self.output_shapes),
+            "output_dtypes": list(self.output_dtypes),
+            "grid": self.grid,
+            "threadgroup": self.threadgroup,
+            "template": list(self.template),
+            "init_value": self.init_value,
+        }

@@ -1,0 +1,1 @@
+"""The operations as Metal kernels, for Apple and NVIDIA GPUs."""
