@@ -2,8 +2,8 @@
 
 The body is a .metal file: the text between the braces of a kernel, whose signature MLX writes.
 How to write one that both accept: docs/writing-kernels.md. Nothing is read or compiled before the
-first launch. Refused: a launch that is not made of whole threadgroups, since the two platforms would
-run different threads; machines without a GPU.
+first launch. Refused: grids that are not made of whole threadgroups, of which the two platforms
+would run different threads; machines without a GPU.
 """
 
 from collections.abc import Mapping, Sequence
