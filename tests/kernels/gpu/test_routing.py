@@ -97,15 +97,16 @@ def test_equal_large_infinite_and_broken_logits(normalize):
 
 def test_a_row_has_the_same_bits_in_any_company():
     rng = np.random.default_rng(2)
-    logits = rng.integers(-6, 6, (11, 41)).astype(np.float32) / 4  # many equal ones
+    logits = rng.integers(-6, 6, (11, 81)).astype(np.float32) / 4  # many equal ones
     for normalize in (True, False):
-        chosen, weights, _ = routed(logits, 5, normalize, 1, 40)
+        chosen, weights, _ = routed(logits, 5, normalize, 1, 80)
+        assert np.array_equal(chosen, route64(logits[:, 1:], 5, normalize)[0])
         order = rng.permutation(11)[:7]
-        other = routed(logits[order], 5, normalize, 1, 40)
+        other = routed(logits[order], 5, normalize, 1, 80)
         assert np.array_equal(other[0], chosen[order])
         assert np.array_equal(other[1], weights[order])
         for row in range(11):
-            alone = routed(logits[row : row + 1], 5, normalize, 1, 40)
+            alone = routed(logits[row : row + 1], 5, normalize, 1, 80)
             assert np.array_equal(alone[0][0], chosen[row])
             assert np.array_equal(alone[1][0], weights[row])
 
