@@ -13,12 +13,30 @@ from functools import cached_property
 import mlx.core as mx
 import numpy as np
 
-from specdec.kernels.array import Array, OnCpu, is_numpy
+from specdec.kernels.array import Array
+from specdec.kernels.executor import operation
 from specdec.kernels.layout import TreeLayout
-
-cpu = OnCpu("attention")
+from specdec.kernels.linear import Piece
+from specdec.kernels.norm import Norm, sigmoid_gate
+from specdec.kernels.rope import rotate
 
 BLOCK = 64
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionShape:
+    """What the projections of a layer hold.
+
+    Queries [rows, heads, dim], or with `gated` [rows, heads, 2 * dim]: for each head its query,
+    then the gate of its output; keys and values [rows, kv_heads, dim].
+    """
+
+    heads: int
+    kv_heads: int
+    dim: int
+    gated: bool
+    q_norm: Norm
+    k_norm: Norm
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,17 +71,39 @@ class AttentionLayout:
         return mx.array(tail), mx.array(tail == none)
 
 
+@operation(prompts=True)
+def attention_inputs(
+    queries: Piece, keys: Piece, values: Piece, shape: AttentionShape, cos: Array, sin: Array
+) -> tuple[Array, Array, Array]:
+    """Queries [heads, rows, dim] and keys [kv_heads, rows, dim], normalized and rotated; values.
+
+    cos, sin float32 [rows, half] turn the first 2 * half dimensions (see kernels.rope).
+    """
+    rows, dim = cos.shape[0], shape.dim
+    q = queries.values.reshape(rows, shape.heads, -1)[..., :dim]
+    k, v = (piece.values.reshape(rows, shape.kv_heads, dim) for piece in (keys, values))
+    q, k = (
+        rotate(norm(x).swapaxes(0, 1), cos, sin)
+        for norm, x in ((shape.q_norm, q), (shape.k_norm, k))
+    )
+    return q, k, v.swapaxes(0, 1)
+
+
+@operation()
 def tree_attention(
-    queries: Array, keys: Array, values: Array, layout: AttentionLayout, scale: float
+    queries: Array,
+    keys: Array,
+    values: Array,
+    layout: AttentionLayout,
+    scale: float,
+    gate: Piece | None = None,
 ) -> Array:
     """Softmax attention of each row over the committed keys, its ancestors and itself.
 
     queries [heads, rows, dim]; keys, values [kv_heads, capacity, dim], of which layout.length are
-    committed and the tree's own follow. Returns [heads, rows, dim].
+    committed and the tree's own follow; gate: the queries' projection, if it holds output gates.
+    Returns [rows, heads * dim].
     """
-    if is_numpy(queries):
-        tree = layout.tree
-        return cpu.attend(queries, keys, values, layout.length, tree.paths, tree.depths, scale)
     heads, rows, dim = queries.shape
     kv_heads = keys.shape[0]
     group = heads // kv_heads
@@ -97,7 +137,8 @@ def tree_attention(
         parts = mx.concatenate([first, parts], axis=1)
     total = parts.sum(axis=1)  # in the order of the blocks; blocks beyond a row's last key add zero
     out = total[..., :dim] / total[..., dim:]  # [kv, rows, group, dim]
-    return out.swapaxes(1, 2).reshape(heads, rows, dim).astype(queries.dtype)
+    out = out.swapaxes(0, 1).reshape(rows, -1).astype(queries.dtype)
+    return _gated(out, gate, dim)
 
 
 def _weighted(weights: mx.array, values: mx.array) -> mx.array:
@@ -106,19 +147,31 @@ def _weighted(weights: mx.array, values: mx.array) -> mx.array:
     return mx.concatenate([products, weights.sum(axis=-1, keepdims=True)], axis=-1)
 
 
+@operation()
 def prefill_attention(
-    queries: Array, keys: Array, values: Array, length: int, scale: float
+    queries: Array,
+    keys: Array,
+    values: Array,
+    length: int,
+    scale: float,
+    gate: Piece | None = None,
 ) -> Array:
     """Causal attention of a prompt chunk after `length` committed tokens.
 
     queries [heads, rows, dim]; keys, values [kv_heads, capacity, dim], the chunk's own from place
-    `length` on. Returns [heads, rows, dim].
+    `length` on; gate as in tree_attention. Returns [rows, heads * dim].
     """
-    rows = queries.shape[1]
-    if is_numpy(queries):
-        layout = AttentionLayout(TreeLayout.chain(rows), length)
-        return tree_attention(queries, keys, values, layout, scale)
+    heads, rows, dim = queries.shape
     keys, values = keys[:, : length + rows], values[:, : length + rows]
-    return mx.fast.scaled_dot_product_attention(
+    out = mx.fast.scaled_dot_product_attention(
         queries[None], keys[None], values[None], scale=scale, mask="causal"
     )[0]
+    return _gated(out.swapaxes(0, 1).reshape(rows, heads * dim), gate, dim)
+
+
+def _gated(out: mx.array, gate: Piece | None, dim: int) -> mx.array:
+    """out [rows, heads * dim] times the sigmoid of its gates: per head dim queries, dim gates."""
+    if gate is None:
+        return out
+    values = gate.values.reshape(out.shape[0], -1, 2 * dim)[..., dim:]
+    return sigmoid_gate(out, values.reshape(out.shape))

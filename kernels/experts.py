@@ -1,15 +1,23 @@
-"""The routed experts' feed-forward: gather, SwiGLU, weighted sum."""
+"""The feed-forward of a layer with experts: gather, SwiGLU, weighted sum, shared expert, residual.
+
+An expert's output for a row depends on that row and that expert alone, and a row adds its experts
+in the order of its own routing: neither the other rows nor where experts lie change a bit.
+"""
 
 from dataclasses import dataclass
+from functools import partial
 
 import mlx.core as mx
 import numpy as np
 
-from specdec.kernels.array import Array, Backend, OnCpu, is_numpy
-from specdec.kernels.norm import swiglu
+from specdec.kernels.array import Array, Backend, to_numpy
+from specdec.kernels.executor import operation
+from specdec.kernels.linear import Piece, linear
+from specdec.kernels.norm import Norm, sigmoid_gate, swiglu
+from specdec.kernels.routing import Routing
 from specdec.kernels.weight import Weight
 
-cpu = OnCpu("experts")
+SORTED_FROM = 64  # (row, expert) pairs; from here on MLX shares an expert's weights between rows
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,31 +33,88 @@ class ExpertWeights:
         return ExpertWeights(*(w.on(backend) for w in (self.gate, self.up, self.down)))
 
 
-def experts_apart(x: Array, bank: ExpertWeights, slots: Array | np.ndarray) -> Array:
-    """Each row through each of its experts, not yet weighted.
+@dataclass(frozen=True, eq=False)
+class SharedExpert:
+    """The expert all rows use: gate, up [intermediate, hidden], down [hidden, intermediate]."""
 
-    x [rows, hidden]; slots int32 [rows, n], indexes into the bank. Returns [rows, n, hidden]; an
-    expert's output for a row depends on that row and expert alone.
+    gate: Weight
+    up: Weight
+    down: Weight
+
+
+@operation(prompts=True)
+def feed_forward(
+    x: Array,
+    norm: Norm,
+    bank: ExpertWeights,
+    routing: Routing,
+    table: Array,
+    shared: SharedExpert | None = None,
+    shared_gate: Piece | None = None,
+) -> Array:
+    """x plus the weighted sum of the experts' outputs for norm(x): [rows, hidden].
+
+    x [rows, hidden]; table int32 [experts]: the slot of each expert in the bank, for all that
+    routing names. The shared expert's output is weighted by sigmoid(shared_gate), [rows, 1].
     """
-    if is_numpy(x):
-        return cpu.experts_apart(x, bank, slots)
-    slots = mx.array(slots)
-    x = x[:, None, None, :]  # [rows, 1, 1, hidden]
-    hidden = swiglu(_gather(x, bank.gate, slots), _gather(x, bank.up, slots))
-    return _gather(hidden, bank.down, slots)[:, :, 0]
+    apart = _each(norm(x), bank, table[routing.experts])
+    return combine(x, norm, apart, routing, shared, shared_gate)
 
 
-def combine(outputs: Array, weights: Array) -> Array:
-    """Sum of outputs [rows, n, hidden] times weights [rows, n], in the order of n."""
-    if is_numpy(outputs):
-        return cpu.combine(outputs, weights)
-    return (outputs * weights[..., None].astype(outputs.dtype)).sum(axis=1)
+@operation(prompts=True)
+def experts_apart(
+    x: Array, norm: Norm, bank: ExpertWeights, routing: Routing, table: Array
+) -> Array:
+    """What `feed_forward` sums up, not yet weighted: [rows, top_k, hidden].
+
+    Zero for experts whose entry in the table is -1: arrays of several calls add up to the whole.
+    """
+    slots = to_numpy(table)[to_numpy(routing.experts)]
+    rows, ranks = (mx.array(places) for places in np.nonzero(slots >= 0))
+    y = _each(norm(x)[rows], bank, mx.array(slots[slots >= 0])[:, None])
+    apart = mx.zeros((*slots.shape, y.shape[-1]), y.dtype)
+    apart[rows, ranks] = y[:, 0]
+    return apart
 
 
-def _gather(x: mx.array, weight: Weight, slots: mx.array) -> mx.array:
-    """x [rows, 1 or n, 1, in] times the transposed matrix in each slot: [rows, n, 1, out]."""
+@operation(prompts=True)
+def combine(
+    x: Array,
+    norm: Norm,
+    apart: Array,
+    routing: Routing,
+    shared: SharedExpert | None = None,
+    shared_gate: Piece | None = None,
+) -> Array:
+    """`feed_forward` from what `experts_apart` gave: [rows, hidden]."""
+    y = (apart * routing.weights[..., None].astype(apart.dtype)).sum(axis=1)
+    if shared is not None and shared_gate is not None:
+        h = norm(x)
+        hidden = swiglu(linear(h, shared.gate), linear(h, shared.up))
+        y = y + sigmoid_gate(linear(hidden, shared.down), shared_gate.values)
+    return x + y
+
+
+def _each(x: mx.array, bank: ExpertWeights, slots: mx.array) -> mx.array:
+    """Every row of x [rows, hidden] through the experts in slots [rows, n]: [rows, n, hidden]."""
+    rows, n = slots.shape
+    pairs, of = slots.reshape(-1), mx.arange(rows * n) // n
+    ordered = rows * n >= SORTED_FROM
+    if ordered:
+        order = mx.argsort(pairs)
+        pairs, of = pairs[order], of[order]
+    x = x[of][:, None, None]  # [pairs, 1, 1, hidden]
+    gathered = partial(_gather, slots=pairs[:, None], ordered=ordered)
+    y = gathered(swiglu(gathered(x, bank.gate), gathered(x, bank.up)), bank.down)
+    y = y[:, 0, 0]
+    return (y[mx.argsort(order)] if ordered else y).reshape(rows, n, -1)
+
+
+def _gather(x: mx.array, weight: Weight, slots: mx.array, ordered: bool) -> mx.array:
+    """x [pairs, 1, 1, in] times the transposed matrix in each slot: [pairs, 1, 1, out]."""
     if not weight.quantized:
-        return mx.gather_mm(x, weight.data.swapaxes(-1, -2), rhs_indices=slots)
+        transposed = weight.data.swapaxes(-1, -2)
+        return mx.gather_mm(x, transposed, rhs_indices=slots, sorted_indices=ordered)
     return mx.gather_qmm(
         x,
         weight.data,
@@ -59,4 +124,5 @@ def _gather(x: mx.array, weight: Weight, slots: mx.array) -> mx.array:
         transpose=True,
         group_size=weight.group_size,
         bits=weight.bits,
+        sorted_indices=ordered,
     )

@@ -92,7 +92,15 @@ class TreeLayout:
 
         Indexes into the taps - 1 committed rows followed by the tree's rows, oldest first.
         """
+        if taps in self._windows:
+            return self._windows[taps]
         distance = np.arange(taps - 1, -1, -1)  # of each tap to the row, in tokens
         up = self.depths[:, None] - distance  # depth of the ancestor, negative before the root
         ancestors = np.take_along_axis(self.paths, np.maximum(up, 0), axis=1)
-        return np.where(up >= 0, taps - 1 + ancestors, taps - 1 + up).astype(np.int32)
+        windows = np.where(up >= 0, taps - 1 + ancestors, taps - 1 + up).astype(np.int32)
+        self._windows[taps] = windows  # every layer asks for the same
+        return windows
+
+    @cached_property
+    def _windows(self) -> dict[int, np.ndarray]:
+        return {}

@@ -4,30 +4,54 @@ A row's result must not depend on the rows computed with it (row-invariance): ve
 tree has to give each row the bits that decoding it alone would give.
 """
 
+from typing import NamedTuple
+
 import mlx.core as mx
 import numpy as np
 
-from specdec.kernels.array import Array, OnCpu, evaluate, is_numpy
+from specdec.kernels.array import Array, evaluate
+from specdec.kernels.executor import operation
+from specdec.kernels.norm import Norm
 from specdec.kernels.weight import Weight
 
-cpu = OnCpu("linear")
+
+class Piece(NamedTuple):
+    """The columns start to start + width - 1 of rows [rows, n]."""
+
+    rows: Array
+    start: int
+    width: int
+
+    @property
+    def values(self) -> Array:
+        """[rows, width]."""
+        return self.rows[:, self.start : self.start + self.width]
 
 
-def linear(x: Array, weight: Weight) -> Array:
-    """x [rows, in] times the transposed weight [out, in]: [rows, out] in x's dtype."""
-    if is_numpy(x):
-        return cpu.linear(x, weight)
+@operation(prompts=True)
+def linear(
+    x: Array, weight: Weight, norm: Norm | None = None, residual: Array | None = None
+) -> Array:
+    """residual + weight norm(x): x [rows, in] -> [rows, out] in x's dtype.
+
+    weight [out, in]; residual [rows, out]. What stands between x and the result may be rounded to
+    x's dtype or not.
+    """
+    if norm is not None:
+        x = norm(x)
     if not weight.quantized:
-        return x @ weight.data.swapaxes(-1, -2)
-    return mx.quantized_matmul(
-        x,
-        weight.data,
-        weight.scales,
-        weight.biases,
-        transpose=True,
-        group_size=weight.group_size,
-        bits=weight.bits,
-    )
+        y = x @ weight.data.swapaxes(-1, -2)
+    else:
+        y = mx.quantized_matmul(
+            x,
+            weight.data,
+            weight.scales,
+            weight.biases,
+            transpose=True,
+            group_size=weight.group_size,
+            bits=weight.bits,
+        )
+    return y if residual is None else residual + y
 
 
 class Projections:
@@ -35,31 +59,27 @@ class Projections:
 
     def __init__(self, weights: list[Weight]) -> None:
         self.matrices: list[Weight] = []
-        self._pieces: list[list[int]] = []  # per matrix, where it is split
+        self._places: list[tuple[int, int, int]] = []  # of each: matrix, first feature, features
         for weight in weights:
             if self.matrices and weight.same_format(self.matrices[-1]):
-                self._pieces[-1].append(self.matrices[-1].out_features)
+                start = self.matrices[-1].out_features
                 self.matrices[-1] = weight.stacked_on(self.matrices[-1])
             else:
+                start = 0
                 self.matrices.append(weight)
-                self._pieces.append([])
+            self._places.append((len(self.matrices) - 1, start, weight.out_features))
         # Evaluated here, so that the parts are freed before the next layer is read.
         evaluate(*(array for m in self.matrices for array in m.arrays if array is not None))
 
-    def __call__(self, x: Array) -> list[Array]:
-        """x [rows, in] -> one [rows, out_i] for every projection, in the order given."""
-        outputs = []
-        for matrix, pieces in zip(self.matrices, self._pieces, strict=True):
-            y = linear(x, matrix)
-            starts = [0, *pieces]
-            outputs += [y[:, a:b] for a, b in zip(starts, [*pieces, None], strict=True)]
-        return outputs
+    def __call__(self, x: Array, norm: Norm | None = None) -> list[Piece]:
+        """x [rows, in] -> what each projection makes of norm(x), in the order given."""
+        outputs = [linear(x, matrix, norm) for matrix in self.matrices]
+        return [Piece(outputs[matrix], start, width) for matrix, start, width in self._places]
 
 
+@operation(decides=1)
 def embed(ids: np.ndarray, weight: Weight) -> Array:
     """Rows of the embedding: ids int32 [rows] -> [rows, hidden] in the weight's float dtype."""
-    if is_numpy(weight.data):
-        return cpu.embed(ids, weight)
     index = mx.array(np.asarray(ids))
     if weight.scales is None or weight.biases is None:
         return weight.data[index]

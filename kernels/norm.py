@@ -1,10 +1,29 @@
 """Normalizations over the last axis, each row by itself."""
 
+from dataclasses import dataclass
+from functools import cached_property
+
 import mlx.core as mx
 
 from specdec.kernels.array import Array, OnCpu, is_numpy
 
 cpu = OnCpu("norm")
+
+
+@dataclass(frozen=True, eq=False)
+class Norm:
+    """x / sqrt(mean(x^2) + eps) * weight over the last axis; weight [n]."""
+
+    weight: Array
+    eps: float
+
+    def __call__(self, x: Array) -> Array:
+        return rms_norm(x, self.weight, self.eps)
+
+    @cached_property
+    def on_device(self) -> mx.array:
+        """eps as a float32 array of one element."""
+        return mx.array([self.eps], mx.float32)
 
 
 def rms_norm(x: Array, weight: Array | None, eps: float) -> Array:

@@ -190,32 +190,23 @@ class Rope:
         half = config.dim // 2
         self._cos = np.zeros((0, half), np.float32)
         self._sin = np.zeros((0, half), np.float32)
-        # Every layer of a forward asks for the same positions: the last answer is kept.
         self._last: tuple[np.ndarray, mx.array, mx.array] | None = None
 
-    def __call__(self, x: Array, positions: mx.array | np.ndarray) -> Array:
+    def __call__(self, x: Array, positions: np.ndarray) -> Array:
         """Rotate x [..., N, D] by positions int [N]; same shape and dtype, D >= dim.
 
         Dimensions from `dim` on pass unchanged. Computed in float32 and cast back.
         """
-        at = np.asarray(positions)
-        if is_numpy(x):
-            self._reach(at)
-            return cpu.rotate(x, self._cos[at], self._sin[at])
-        cos, sin = self._rows(at)
-        half, dim = self.config.dim // 2, self.config.dim
-        first = x[..., :half].astype(mx.float32)
-        second = x[..., half:dim].astype(mx.float32)
-        turned = [
-            (first * cos - second * sin).astype(x.dtype),
-            (second * cos + first * sin).astype(x.dtype),
-        ]
-        if x.shape[-1] > dim:
-            turned.append(x[..., dim:])
-        return mx.concatenate(turned, axis=-1)
+        return rotate(x, *self.rows(positions, x))
 
-    def _rows(self, positions: np.ndarray) -> tuple[mx.array, mx.array]:
-        """cos and sin, float32 [N, dim/2] each, of the given positions."""
+    def rows(self, positions: np.ndarray, like: Array) -> tuple[Array, Array]:
+        """cos and sin of positions int [N], float32 [N, dim/2] each; arrays of the kind of `like`.
+
+        Every layer of a forward asks for the same positions: the last answer is kept.
+        """
+        if is_numpy(like):
+            self._reach(positions)
+            return self._cos[positions], self._sin[positions]
         if self._last is None or not np.array_equal(self._last[0], positions):
             self._reach(positions)
             cos, sin = mx.array(self._cos[positions]), mx.array(self._sin[positions])
@@ -242,6 +233,22 @@ class Rope:
             sin.append((np.sin(angles) * scale).astype(np.float32))
         if len(cos) > 1:
             self._cos, self._sin = np.concatenate(cos), np.concatenate(sin)
+
+
+def rotate(x: Array, cos: Array, sin: Array) -> Array:
+    """The first 2 * half dimensions of x [..., N, D] turned by cos, sin [N, half]."""
+    if is_numpy(x):
+        return cpu.rotate(x, cos, sin)
+    half = cos.shape[1]
+    first = x[..., :half].astype(mx.float32)
+    second = x[..., half : 2 * half].astype(mx.float32)
+    turned = [
+        (first * cos - second * sin).astype(x.dtype),
+        (second * cos + first * sin).astype(x.dtype),
+    ]
+    if x.shape[-1] > 2 * half:
+        turned.append(x[..., 2 * half :])
+    return mx.concatenate(turned, axis=-1)
 
 
 def _mscale(factor: float, scale: float) -> float:

@@ -1,27 +1,44 @@
 """Routing: which experts a row uses, and how much each counts."""
 
+from dataclasses import dataclass
+
 import mlx.core as mx
 
-from specdec.kernels.array import Array, OnCpu, is_numpy
+from specdec.kernels.array import Array
+from specdec.kernels.executor import operation
+from specdec.kernels.linear import Piece
 
-cpu = OnCpu("routing")
+
+@dataclass(frozen=True, eq=False)
+class Routing:
+    """The chosen experts of each row.
+
+    experts: int32 [rows, top_k], by falling logit (the lower expert first when equal).
+    weights: float32 [rows, top_k].
+    union: of the GPU kernels alone, int32 [n, 2]: each expert that is used and a bit mask of the
+        rows that use it, ascending by expert, then pairs (-1, 0).
+    """
+
+    experts: Array
+    weights: Array
+    union: Array = None
 
 
-def route(logits: Array, top_k: int, normalize: bool) -> tuple[Array, Array]:
+@operation(prompts=True)
+def route(logits: Piece, top_k: int, normalize: bool) -> Routing:
     """The top_k experts of each row and their weights.
 
-    logits [rows, experts] -> experts int32 [rows, top_k] by falling logit (the lower expert first
-    when equal), weights float32 [rows, top_k]: softmax over all experts, or, with `normalize`,
-    over the chosen ones (which equals softmax, then renormalization). NaN counts as the largest
-    logit, so that it ends up in the weights and is seen.
+    logits: [rows, experts]. The weights are softmax over all experts, or, with `normalize`, over
+    the chosen ones (which equals softmax, then renormalization). NaN counts as the largest logit,
+    so that it ends up in the weights and is seen.
     """
-    if is_numpy(logits):
-        return cpu.route(logits, top_k, normalize)
-    logits = logits.astype(mx.float32)
+    values = logits.values.astype(mx.float32)
     # a stable sort of the negated logits puts the lower expert first among equals
-    ranked = mx.where(mx.isnan(logits), -mx.inf, -logits)
+    ranked = mx.where(mx.isnan(values), -mx.inf, -values)
     experts = mx.argsort(ranked, axis=-1)[:, :top_k]
-    chosen = mx.take_along_axis(logits, experts, axis=-1)
+    chosen = mx.take_along_axis(values, experts, axis=-1)
     if normalize:
-        return experts.astype(mx.int32), mx.softmax(chosen, axis=-1)
-    return experts.astype(mx.int32), mx.exp(chosen - mx.logsumexp(logits, axis=-1, keepdims=True))
+        weights = mx.softmax(chosen, axis=-1)
+    else:
+        weights = mx.exp(chosen - mx.logsumexp(values, axis=-1, keepdims=True))
+    return Routing(experts.astype(mx.int32), weights)

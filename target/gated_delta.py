@@ -9,9 +9,9 @@ import mlx.core as mx
 import numpy as np
 
 from specdec.kernels.array import Array, contiguous
-from specdec.kernels.gated_delta import gates, normalize_keys
+from specdec.kernels.gated_delta import DeltaInputs, DeltaWeights
 from specdec.kernels.linear import Projections, linear
-from specdec.kernels.norm import gated_rms_norm
+from specdec.kernels.norm import Norm
 from specdec.kernels.weight import Weight
 from specdec.target.config import GatedDeltaConfig, TargetConfig
 from specdec.target.passes import Pass
@@ -19,34 +19,30 @@ from specdec.target.tensors import Tensors
 
 
 class GatedDelta:
-    """One layer's weights; `index` counts the linear-attention layers."""
+    """One layer's weights, with the norm before it; `index` counts the linear-attention layers."""
 
-    def __init__(self, tensors: Tensors, config: TargetConfig, index: int) -> None:
+    def __init__(self, tensors: Tensors, norm: Norm, config: TargetConfig, index: int) -> None:
         assert config.gdn is not None
-        self.gdn: GatedDeltaConfig = config.gdn
-        self.index, self.eps = index, config.rms_norm_eps
-        self.inputs = Projections(_input_weights(tensors, config.gdn))
+        gdn = config.gdn
+        self.norm, self.index = norm, index
+        self.inputs = Projections(_input_weights(tensors, gdn))
         conv = tensors.array("conv1d.weight")
-        self.conv = contiguous(conv[:, :, 0].swapaxes(0, 1))  # [taps, channels]
-        self.a_log = tensors.array("A_log", mx.float32)
-        self.dt_bias = tensors.array("dt_bias", mx.float32)
-        self.norm = tensors.array("norm.weight")
+        self.weights = DeltaWeights(
+            contiguous(conv[:, :, 0].swapaxes(0, 1)),  # [taps, channels]
+            tensors.array("A_log", mx.float32),
+            tensors.array("dt_bias", mx.float32),
+            Norm(tensors.array("norm.weight"), config.rms_norm_eps),
+            gdn.num_key_heads,
+            gdn.num_value_heads,
+            gdn.key_dim,
+            gdn.value_dim,
+        )
         self.out = tensors.weight("out_proj")
 
     def __call__(self, x: Array, this: Pass) -> Array:
-        """x [rows, hidden] -> [rows, hidden]."""
-        gdn, rows = self.gdn, x.shape[0]
-        qkv, z, b, a = self.inputs(x)
-        qkv = this.convolve(self.index, qkv, self.conv)
-        queries, keys = normalize_keys(
-            qkv[:, : gdn.keys].reshape(rows, gdn.num_key_heads, gdn.key_dim),
-            qkv[:, gdn.keys : 2 * gdn.keys].reshape(rows, gdn.num_key_heads, gdn.key_dim),
-        )
-        values = qkv[:, 2 * gdn.keys :].reshape(rows, gdn.num_value_heads, gdn.value_dim)
-        decay, beta = gates(a, b, self.a_log, self.dt_bias)
-        y = this.recur(self.index, queries, keys, values, decay, beta).astype(x.dtype)
-        y = gated_rms_norm(y, z.reshape(y.shape), self.norm, self.eps)
-        return linear(y.reshape(rows, -1), self.out)
+        """x [rows, hidden] plus what the layer adds."""
+        inputs = DeltaInputs(*self.inputs(x, self.norm))
+        return linear(this.mix(self.index, inputs, self.weights), self.out, residual=x)
 
 
 def _input_weights(tensors: Tensors, gdn: GatedDeltaConfig) -> list[Weight]:

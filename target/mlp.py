@@ -2,11 +2,17 @@
 
 import numpy as np
 
-from specdec.kernels.array import Array, concatenate, evaluate, to_numpy
-from specdec.kernels.experts import ExpertWeights, combine, experts_apart
-from specdec.kernels.linear import Projections, linear
-from specdec.kernels.norm import sigmoid_gate, swiglu
-from specdec.kernels.routing import route
+from specdec.kernels.array import Array, evaluate, to_numpy
+from specdec.kernels.experts import (
+    ExpertWeights,
+    SharedExpert,
+    combine,
+    experts_apart,
+    feed_forward,
+)
+from specdec.kernels.linear import Piece, Projections, linear
+from specdec.kernels.norm import Norm, swiglu
+from specdec.kernels.routing import Routing, route
 from specdec.target.config import TargetConfig
 from specdec.target.expert_cache import ExpertCache
 from specdec.target.passes import Pass
@@ -14,25 +20,27 @@ from specdec.target.tensors import Tensors
 
 
 class MLP:
-    """down(silu(gate x) * up x)."""
+    """x + down(silu(gate h) * up h), h = norm(x)."""
 
-    def __init__(self, tensors: Tensors) -> None:
+    def __init__(self, tensors: Tensors, norm: Norm) -> None:
+        self.norm = norm
         self.gate_up = Projections([tensors.weight("gate_proj"), tensors.weight("up_proj")])
         self.down = tensors.weight("down_proj")
 
     def __call__(self, x: Array, this: Pass) -> Array:
         """x [rows, hidden] -> [rows, hidden]."""
-        gate, up = self.gate_up(x)
-        return linear(swiglu(gate, up), self.down)
+        gate, up = self.gate_up(x, self.norm)
+        return linear(swiglu(gate.values, up.values), self.down, residual=x)
 
 
 class MoE:
-    """Routed experts, and a shared one where the model has it."""
+    """x plus its routed experts, and a shared one where the model has it, for norm(x)."""
 
     def __init__(
-        self, tensors: Tensors, config: TargetConfig, layer: int, experts: ExpertCache
+        self, tensors: Tensors, norm: Norm, config: TargetConfig, layer: int, experts: ExpertCache
     ) -> None:
-        self.layer, self.experts, self.backend = layer, experts, tensors.backend
+        self.norm, self.layer, self.experts = norm, layer, experts
+        self.backend = tensors.backend
         # The bank's memory stays where it is; only what it holds changes.
         self.bank: ExpertWeights = experts.bank(layer).on(tensors.backend)
         self.top_k, self.normalize = config.top_k, config.norm_topk_prob
@@ -40,39 +48,36 @@ class MoE:
         self.shared = None
         if config.shared_intermediate_size:
             gates.append(tensors.weight("shared_expert_gate"))
-            self.shared = MLP(tensors.under("shared_expert"))
+            parts = (f"shared_expert.{part}_proj" for part in ("gate", "up", "down"))
+            self.shared = SharedExpert(*map(tensors.weight, parts))
         self.gates = Projections(gates)
+        # A pinned layer's bank holds expert e in slot e: no read-back of the routing.
+        self.all_resident = None
+        if experts.is_pinned(layer):
+            self.all_resident = self.backend.index(np.arange(config.num_experts, dtype=np.int32))
 
     def __call__(self, x: Array, this: Pass) -> Array:
         """x [rows, hidden] -> [rows, hidden]."""
-        logits, *shared_gate = self.gates(x)
-        chosen, weights = route(logits, self.top_k, self.normalize)
-        this.chosen[self.layer] = chosen
-        if self.experts.is_pinned(self.layer):
-            # A pinned layer's bank holds expert e in slot e: no read-back of the routing.
-            outputs = experts_apart(x, self.bank, chosen)
-        else:
-            outputs = self._streamed(x, to_numpy(chosen))
-        y = combine(outputs, weights)
-        if self.shared is not None:
-            y = y + sigmoid_gate(self.shared(x, this), shared_gate[0])
-        return y
+        logits, *gates = self.gates(x, self.norm)
+        routing = route(logits, self.top_k, self.normalize)
+        shared_gate = gates[0] if gates else None
+        if self.all_resident is None:
+            return self._streamed(x, routing, shared_gate, this)
+        this.chosen[self.layer] = routing.experts
+        return feed_forward(
+            x, self.norm, self.bank, routing, self.all_resident, self.shared, shared_gate
+        )
 
-    def _streamed(self, x: Array, chosen: np.ndarray) -> Array:
-        """experts_apart for a layer whose experts come and go: [rows, top_k, hidden].
-
-        Each (row, expert) pair is computed in the wave that has the expert; one wave if all fit.
-        """
-        flat = chosen.reshape(-1)
-        order, parts = [], []
-        for wave in self.experts.waves(self.layer, flat):
-            slots = wave.table[flat]
-            pairs = np.flatnonzero(slots >= 0)
-            if len(pairs) == len(flat):
-                return experts_apart(x, self.bank, wave.table[chosen])
-            rows = self.backend.index(pairs // self.top_k)
-            parts.append(experts_apart(x[rows], self.bank, slots[pairs, None])[:, 0])
-            order.append(pairs)
-            evaluate(parts[-1])  # before the next wave overwrites the slots
-        back = self.backend.index(np.argsort(np.concatenate(order)))
-        return concatenate(parts)[back].reshape(*chosen.shape, -1)
+    def _streamed(self, x: Array, routing: Routing, gate: Piece | None, this: Pass) -> Array:
+        """For a layer whose experts come and go: at once if all that the rows need fit the slots,
+        else each (row, expert) pair in the wave that has the expert."""
+        chosen = this.chosen[self.layer] = to_numpy(routing.experts)
+        apart = None
+        for wave in self.experts.waves(self.layer, chosen.reshape(-1)):
+            table = self.backend.index(wave.table)
+            if apart is None and (wave.table[chosen] >= 0).all():
+                return feed_forward(x, self.norm, self.bank, routing, table, self.shared, gate)
+            part = experts_apart(x, self.norm, self.bank, routing, table)
+            apart = part if apart is None else apart + part
+            evaluate(apart)  # before the next wave overwrites the slots
+        return combine(x, self.norm, apart, routing, self.shared, gate)

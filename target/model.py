@@ -16,7 +16,7 @@ from specdec.errors import NonFiniteError
 from specdec.kernels.array import Array, Backend, concatenate, evaluate, finite_rows, to_numpy
 from specdec.kernels.layout import TreeLayout
 from specdec.kernels.linear import embed, linear
-from specdec.kernels.norm import rms_norm
+from specdec.kernels.norm import Norm
 from specdec.kernels.rope import Rope
 from specdec.kernels.weight import Weight
 from specdec.target.attention import Attention
@@ -44,11 +44,9 @@ class Output:
 
 @dataclass(frozen=True, eq=False)
 class Layer:
-    """norm, mixer, norm, feed-forward, each half added to the residual."""
+    """Two halves, each with its norm, each adding to the residual."""
 
-    input_norm: Array
     mixer: Attention | GatedDelta
-    post_norm: Array
     mlp: MLP | MoE
 
 
@@ -60,7 +58,7 @@ class Target:
         config: TargetConfig,
         layers: list[Layer],
         embedding: Weight,
-        norm: Array,
+        norm: Norm,
         head: Weight,
         experts: ExpertCache,
         backend: Backend,
@@ -88,24 +86,28 @@ class Target:
         layers: list[Layer] = []
         for i, kind in enumerate(config.layer_types):
             tensors = root.under(f"layers.{i}")
-            mixer = (
-                Attention(tensors.under("self_attn"), config, rope, config.full_layers.index(i))
-                if kind == FULL
-                else GatedDelta(tensors.under("linear_attn"), config, config.linear_layers.index(i))
-            )
-            mlp = (
-                MLP(tensors.under("mlp"))
-                if i in config.dense_layers
-                else MoE(tensors.under("mlp"), config, i, experts)
-            )
-            input_norm = tensors.array("input_layernorm.weight")
-            post_norm = tensors.array("post_attention_layernorm.weight")
-            layers.append(Layer(input_norm, mixer, post_norm, mlp))
+            mixer: Attention | GatedDelta
+            mlp: MLP | MoE
+            norms = [
+                Norm(tensors.array(f"{name}_layernorm.weight"), config.rms_norm_eps)
+                for name in ("input", "post_attention")
+            ]
+            if kind == FULL:
+                at = config.full_layers.index(i)
+                mixer = Attention(tensors.under("self_attn"), norms[0], config, rope, at)
+            else:
+                at = config.linear_layers.index(i)
+                mixer = GatedDelta(tensors.under("linear_attn"), norms[0], config, at)
+            if i in config.dense_layers:
+                mlp = MLP(tensors.under("mlp"), norms[1])
+            else:
+                mlp = MoE(tensors.under("mlp"), norms[1], config, i, experts)
+            layers.append(Layer(mixer, mlp))
         embedding = root.weight("embed_tokens")
         head = embedding
         if not config.tie_word_embeddings:
             head = Tensors(checkpoint, manifest, config.head_prefix, backend).weight("lm_head")
-        norm = root.array("norm.weight")
+        norm = Norm(root.array("norm.weight"), config.rms_norm_eps)
         return cls(config, layers, embedding, norm, head, experts, backend, taps)
 
     def reset(self) -> None:
@@ -168,18 +170,17 @@ class Target:
 
         With `probe`, every layer's output is checked, and NonFiniteError names the first bad one.
         """
-        eps = self.config.rms_norm_eps
         x = embed(tokens, self.embedding)
         if probe and not finite_rows(x).all():
             raise NonFiniteError("NaN or Inf in the token embeddings")
         tapped: dict[int, Array] = {}
         for i, layer in enumerate(self.layers):
-            x = x + layer.mixer(rms_norm(x, layer.input_norm, eps), this)
+            x = layer.mixer(x, this)
             if probe and not finite_rows(x).all():
                 raise NonFiniteError(
                     f"NaN or Inf first appears in layer {i} ({self.config.layer_types[i]})"
                 )
-            x = x + layer.mlp(rms_norm(x, layer.post_norm, eps), this)
+            x = layer.mlp(x, this)
             if probe and not finite_rows(x).all():
                 raise NonFiniteError(f"NaN or Inf first appears in layer {i} (feed-forward)")
             if i in self.taps:
@@ -189,7 +190,7 @@ class Target:
 
     def _logits(self, hidden: Array) -> Array:
         """[rows, hidden] -> [rows, vocab]."""
-        return linear(rms_norm(hidden, self.norm, self.config.rms_norm_eps), self.head)
+        return linear(hidden, self.head, self.norm)
 
     def _refuse(self, tokens: np.ndarray, this: Pass) -> NoReturn:
         """Say where NaN or Inf began, by running a pass again; nothing of it is committed."""

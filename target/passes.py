@@ -1,8 +1,8 @@
 """The two ways through the layers: a prompt chunk, and a tree on top of the committed tokens.
 
-A layer computes its projections and asks its pass for what depends on other tokens: attention,
-convolution, recurrence. A pass collects what committing will need and leaves the committed tokens
-as they are until `commit`.
+A layer computes its projections and asks its pass for what depends on other tokens: attention, and
+the mixing of a gated delta layer. A pass collects what committing will need and leaves the
+committed tokens as they are until `commit`.
 """
 
 from itertools import pairwise
@@ -10,17 +10,18 @@ from typing import Protocol
 
 import numpy as np
 
-from specdec.kernels.array import Array, concatenate, contiguous
+from specdec.kernels.array import Array
 from specdec.kernels.attention import AttentionLayout, prefill_attention, tree_attention
 from specdec.kernels.gated_delta import (
+    DeltaInputs,
+    DeltaWeights,
     Tape,
-    convolve,
-    convolve_prompt,
-    recur_prompt,
-    recur_tree,
+    mix_prompt,
+    mix_tree,
     replay,
 )
 from specdec.kernels.layout import TreeLayout
+from specdec.kernels.linear import Piece
 from specdec.target.state import State
 
 
@@ -34,14 +35,16 @@ class Pass(Protocol):
     chosen: dict[int, Array]  # MoE layer -> experts of each row, int32 [rows, top_k]
 
     def attend(
-        self, index: int, queries: Array, keys: Array, values: Array, scale: float
+        self,
+        index: int,
+        queries: Array,
+        keys: Array,
+        values: Array,
+        scale: float,
+        gate: Piece | None,
     ) -> Array: ...
 
-    def convolve(self, index: int, x: Array, weight: Array) -> Array: ...
-
-    def recur(
-        self, index: int, queries: Array, keys: Array, values: Array, log_decay: Array, beta: Array
-    ) -> Array: ...
+    def mix(self, index: int, inputs: DeltaInputs, weights: DeltaWeights) -> Array: ...
 
     def again(self) -> "Pass":
         """A fresh pass over the same rows."""
@@ -61,24 +64,24 @@ class PromptPass:
     def again(self) -> "PromptPass":
         return PromptPass(self.state, self.rows)
 
-    def attend(self, index: int, queries: Array, keys: Array, values: Array, scale: float) -> Array:
+    def attend(
+        self,
+        index: int,
+        queries: Array,
+        keys: Array,
+        values: Array,
+        scale: float,
+        gate: Piece | None,
+    ) -> Array:
         state = self.state
         state.stage(index, keys, values)
-        return prefill_attention(
-            queries, state.keys[index], state.values[index], state.length, scale
-        )
+        buffers = state.keys[index], state.values[index]
+        return prefill_attention(queries, *buffers, state.length, scale, gate)
 
-    def convolve(self, index: int, x: Array, weight: Array) -> Array:
-        state = self.state.conv[index]
-        # Only these rows: a slice would keep the chunk's array until the commit.
-        self._conv[index] = contiguous(concatenate([state, x])[self.rows :])
-        return convolve_prompt(x, state, weight)
-
-    def recur(
-        self, index: int, queries: Array, keys: Array, values: Array, log_decay: Array, beta: Array
-    ) -> Array:
-        y, self._recurrent[index] = recur_prompt(
-            queries, keys, values, log_decay, beta, self.state.recurrent[index]
+    def mix(self, index: int, inputs: DeltaInputs, weights: DeltaWeights) -> Array:
+        state = self.state
+        y, self._conv[index], self._recurrent[index] = mix_prompt(
+            inputs, weights, state.conv[index], state.recurrent[index]
         )
         return y
 
@@ -97,36 +100,35 @@ class TreePass:
         self.positions = (state.length + tree.depths).astype(np.int32)
         self.chosen: dict[int, Array] = {}
         self._attention = AttentionLayout(tree, state.length)
-        self._inputs: dict[int, Array] = {}
         self._tapes: dict[int, Tape] = {}
-        taps = state.conv[0].shape[0] + 1 if state.conv else 1
-        self._windows = tree.windows(taps)
 
     def again(self) -> "TreePass":
         return TreePass(self.state, self.tree)
 
-    def attend(self, index: int, queries: Array, keys: Array, values: Array, scale: float) -> Array:
+    def attend(
+        self,
+        index: int,
+        queries: Array,
+        keys: Array,
+        values: Array,
+        scale: float,
+        gate: Piece | None,
+    ) -> Array:
         self.state.stage(index, keys, values)
         buffers = self.state.keys[index], self.state.values[index]
-        return tree_attention(queries, *buffers, self._attention, scale)
+        return tree_attention(queries, *buffers, self._attention, scale, gate)
 
-    def convolve(self, index: int, x: Array, weight: Array) -> Array:
-        self._inputs[index] = x
-        return convolve(x, self.state.conv[index], self._windows, weight)
-
-    def recur(
-        self, index: int, queries: Array, keys: Array, values: Array, log_decay: Array, beta: Array
-    ) -> Array:
-        y, self._tapes[index] = recur_tree(
-            queries, keys, values, log_decay, beta, self.state.recurrent[index], self.tree
+    def mix(self, index: int, inputs: DeltaInputs, weights: DeltaWeights) -> Array:
+        state = self.state
+        y, self._tapes[index] = mix_tree(
+            inputs, weights, state.conv[index], state.recurrent[index], self.tree
         )
         return y
 
     def arrays(self) -> list[Array]:
         """What commit will read, to evaluate together with the logits."""
-        tapes = [array for tape in self._tapes.values() for array in (*tape.rows, tape.last)]
-        kept = [*self.state.keys, *self.state.values, *self._inputs.values(), *tapes]
-        return [array for array in kept if array is not None]
+        tapes = [array for tape in self._tapes.values() for array in tape.arrays]
+        return [*self.state.keys, *self.state.values, *tapes]
 
     def commit(self, path: list[int]) -> None:
         """Make a path from the root part of the state."""
@@ -134,9 +136,8 @@ class TreePass:
         assert all(self.tree.parents[row] == above for above, row in pairwise(path))
         state = self.state
         state.keep(path)
-        layers = range(len(self._tapes))
-        # The window of a token after the path's last row, less that token itself.
-        window = state.backend.index(self._windows[path[-1]][1:])
-        conv = [concatenate([state.conv[i], self._inputs[i]])[window] for i in layers]
-        recurrent = replay(state.recurrent, [self._tapes[i] for i in layers], path)
+        tapes = [self._tapes[index] for index in range(len(self._tapes))]
+        conv, recurrent = state.conv, state.recurrent
+        if tapes:
+            conv, recurrent = replay(conv, recurrent, tapes, path)
         state.advance(len(path), conv, recurrent)

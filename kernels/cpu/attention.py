@@ -8,31 +8,58 @@ import math
 
 import numpy as np
 
+from specdec.kernels.attention import AttentionLayout
 from specdec.kernels.cpu.dots import STEP, store_1x1, store_1x4
 from specdec.kernels.cpu.jit import jit
+from specdec.kernels.cpu.norm import sigmoid_gate
+from specdec.kernels.layout import TreeLayout
+from specdec.kernels.linear import Piece
 
 
-def attend(
+def tree_attention(
+    queries: np.ndarray,
+    keys: np.ndarray,
+    values: np.ndarray,
+    layout: AttentionLayout,
+    scale: float,
+    gate: Piece | None = None,
+) -> np.ndarray:
+    """Attention of each row over the committed keys, its ancestors and itself: [rows, heads * dim].
+
+    queries [heads, rows, dim]; keys, values [kv_heads, capacity, dim]; as kernels.attention.
+    """
+    # Numba compiles strided arrays to other code, which adds in another order.
+    assert all(buffer.flags.c_contiguous for buffer in (keys, values))
+    heads, rows, dim = queries.shape
+    out = np.empty((rows, heads * dim), np.float32)
+    tree = layout.tree
+    _attend(
+        np.ascontiguousarray(queries),
+        keys,
+        values,
+        layout.length,
+        tree.paths,
+        tree.depths,
+        np.float32(scale),
+        out,
+    )
+    if gate is None:
+        return out
+    gates = gate.values.reshape(rows, heads, 2 * dim)[..., dim:]
+    return sigmoid_gate(out, gates.reshape(rows, heads * dim))
+
+
+def prefill_attention(
     queries: np.ndarray,
     keys: np.ndarray,
     values: np.ndarray,
     length: int,
-    paths: np.ndarray,
-    depths: np.ndarray,
     scale: float,
+    gate: Piece | None = None,
 ) -> np.ndarray:
-    """Softmax attention of each row over the committed keys, its ancestors and itself.
-
-    queries [heads, rows, dim]; keys, values [kv_heads, capacity, dim], the rows' own keys at
-    places length + row; paths int32 [rows, depth + 1] and depths int32 [rows] as in TreeLayout.
-    Returns [heads, rows, dim].
-    """
-    # Numba compiles strided arrays to other code, which adds in another order.
-    assert all(buffer.flags.c_contiguous for buffer in (keys, values))
-    queries = np.ascontiguousarray(queries)
-    out = np.empty_like(queries)
-    _attend(queries, keys, values, length, paths, depths, np.float32(scale), out)
-    return out
+    """The same of a prompt chunk after `length` tokens: a tree without branches."""
+    layout = AttentionLayout(TreeLayout.chain(queries.shape[1]), length)
+    return tree_attention(queries, keys, values, layout, scale, gate)
 
 
 @jit
@@ -52,7 +79,7 @@ def _attend(queries, keys, values, length, paths, depths, scale, out):  # type: 
                 queries[head, row : row + 1], keys[kv], values[kv], seen, scale, scores, total
             )
             for i in range(dim):
-                out[head, row, i] = total[i]
+                out[row, head * dim + i] = total[i]
 
 
 @jit

@@ -3,51 +3,82 @@
 import numpy as np
 
 from specdec.kernels.cpu.jit import jit
-from specdec.kernels.cpu.linear import grouped
-from specdec.kernels.cpu.norm import swiglu
-from specdec.kernels.experts import ExpertWeights
+from specdec.kernels.cpu.linear import grouped, linear
+from specdec.kernels.cpu.norm import sigmoid_gate, swiglu
+from specdec.kernels.experts import ExpertWeights, SharedExpert
+from specdec.kernels.linear import Piece
+from specdec.kernels.norm import Norm
+from specdec.kernels.routing import Routing
 
 
-def experts_apart(x: np.ndarray, bank: ExpertWeights, slots: np.ndarray) -> np.ndarray:
-    """Each row through each of its experts.
+def feed_forward(
+    x: np.ndarray,
+    norm: Norm,
+    bank: ExpertWeights,
+    routing: Routing,
+    table: np.ndarray,
+    shared: SharedExpert | None = None,
+    shared_gate: Piece | None = None,
+) -> np.ndarray:
+    """x plus its experts' weighted outputs, as kernels.experts: [rows, hidden]."""
+    apart = experts_apart(x, norm, bank, routing, table)
+    return combine(x, norm, apart, routing, shared, shared_gate)
 
-    x [rows, hidden], slots int [rows, n] -> [rows, n, hidden].
-    """
-    rows, n = slots.shape
-    order, used, ends = _by_slot(np.ascontiguousarray(slots).reshape(-1), len(bank.down.data))
-    sources = order // n
-    gate = grouped(x, bank.gate, used, ends, sources)
-    up = grouped(x, bank.up, used, ends, sources)
-    pairs = np.arange(rows * n)
-    down = grouped(swiglu(gate, up), bank.down, used, ends, pairs)
-    out = np.empty_like(down)
+
+def experts_apart(
+    x: np.ndarray, norm: Norm, bank: ExpertWeights, routing: Routing, table: np.ndarray
+) -> np.ndarray:
+    """The outputs of each row's experts that the table has: [rows, top_k, hidden], else zero."""
+    rows, top_k = routing.experts.shape
+    slots = table[routing.experts].reshape(-1)
+    order, used, ends = _by_slot(slots, len(bank.down.data))
+    sources, h = order // top_k, norm(x)
+    gate = grouped(h, bank.gate, used, ends, sources)
+    up = grouped(h, bank.up, used, ends, sources)
+    down = grouped(swiglu(gate, up), bank.down, used, ends, np.arange(len(order)))
+    out = np.zeros((rows * top_k, down.shape[1]), np.float32)
     out[order] = down
-    return out.reshape(rows, n, -1)
+    return out.reshape(rows, top_k, -1)
 
 
-def combine(outputs: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """Sum of outputs [rows, n, hidden] times weights [rows, n], in the order of n."""
-    out = np.zeros((outputs.shape[0], outputs.shape[2]), np.float32)
-    _combine(np.ascontiguousarray(outputs), weights, out)
-    return out
+def combine(
+    x: np.ndarray,
+    norm: Norm,
+    apart: np.ndarray,
+    routing: Routing,
+    shared: SharedExpert | None = None,
+    shared_gate: Piece | None = None,
+) -> np.ndarray:
+    """`feed_forward` from what `experts_apart` gave: [rows, hidden]."""
+    y = np.zeros_like(x)
+    _combine(np.ascontiguousarray(apart), routing.weights, y)
+    if shared is not None and shared_gate is not None:
+        h = norm(x)
+        hidden = swiglu(linear(h, shared.gate), linear(h, shared.up))
+        y += sigmoid_gate(linear(hidden, shared.down), shared_gate.values)
+    return x + y
 
 
 @jit
 def _by_slot(slots, stack):  # type: ignore[no-untyped-def]
-    """Pairs by slot: their order, the slots in use, and where each one's pairs begin and end."""
+    """Pairs by slot, those without one left out: their order, the slots in use, and where each
+    one's pairs begin and end."""
     counts = np.zeros(stack + 1, np.int64)
     for slot in slots:
-        counts[slot + 1] += 1
+        if slot >= 0:
+            counts[slot + 1] += 1
     used = np.flatnonzero(counts[1:])
     starts = np.cumsum(counts)
+    total = starts[stack]
     ends = np.empty(len(used) + 1, np.int64)
     for i in range(len(used)):
         ends[i] = starts[used[i]]
-    ends[len(used)] = len(slots)
-    order = np.empty(len(slots), np.int64)
+    ends[len(used)] = total
+    order = np.empty(total, np.int64)
     for pair in range(len(slots)):
-        order[starts[slots[pair]]] = pair
-        starts[slots[pair]] += 1
+        if slots[pair] >= 0:
+            order[starts[slots[pair]]] = pair
+            starts[slots[pair]] += 1
     return order, used, ends
 
 

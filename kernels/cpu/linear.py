@@ -24,14 +24,18 @@ from specdec.kernels.cpu.dots import (
     store_4x2,
 )
 from specdec.kernels.cpu.jit import jit
+from specdec.kernels.norm import Norm
 from specdec.kernels.weight import Weight
 
 BLOCK = 4 if WIDE else 1  # weight rows decoded at a time
 
 
-def linear(x: np.ndarray, weight: Weight) -> np.ndarray:
-    """x [rows, in] times the transposed weight: [rows, out]."""
-    return grouped(x, weight, *_one_group(len(x)))
+def linear(
+    x: np.ndarray, weight: Weight, norm: Norm | None = None, residual: np.ndarray | None = None
+) -> np.ndarray:
+    """residual + weight norm(x): x [rows, in] -> [rows, out]."""
+    y = grouped(x if norm is None else norm(x), weight, *_one_group(len(x)))
+    return y if residual is None else residual + y
 
 
 def grouped(

@@ -5,15 +5,17 @@ import math
 import numpy as np
 
 from specdec.kernels.cpu.jit import jit
+from specdec.kernels.linear import Piece
+from specdec.kernels.routing import Routing
 
 
-def route(logits: np.ndarray, top_k: int, normalize: bool) -> tuple[np.ndarray, np.ndarray]:
-    """The top_k experts of each row, int32 [rows, top_k], and their weights, as kernels.routing."""
-    logits = np.ascontiguousarray(logits)
-    experts = np.empty((len(logits), top_k), np.int32)
-    weights = np.empty((len(logits), top_k), np.float32)
-    _route(logits, normalize, experts, weights)
-    return experts, weights
+def route(logits: Piece, top_k: int, normalize: bool) -> Routing:
+    """The top_k experts of each row and their weights, as kernels.routing."""
+    values = np.ascontiguousarray(logits.values)
+    experts = np.empty((len(values), top_k), np.int32)
+    weights = np.empty((len(values), top_k), np.float32)
+    _route(values, normalize, experts, weights)
+    return Routing(experts, weights)
 
 
 @jit

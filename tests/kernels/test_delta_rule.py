@@ -7,14 +7,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from specdec.kernels.gated_delta import (
+from specdec.kernels.delta_rule import (
     convolve,
     convolve_prompt,
     gates,
     normalize_keys,
     recur_prompt,
     recur_tree,
-    replay,
+    replay_updates,
 )
 from specdec.kernels.layout import TreeLayout
 from tests.backends import Operations, each_backend, each_exact_backend, fetch, same_bits
@@ -85,7 +85,7 @@ def decode(backend, rows: Rows, state, path):
     outputs = []
     for row in path:
         y, tape = on_tree(backend, rows.at([row]), state, [-1])
-        state = fetch(replay([Operations(backend).place(state)], [tape], [0])[0])
+        state = fetch(replay_updates([Operations(backend).place(state)], [tape], [0])[0])
         outputs.append(y[0])
     return np.array(outputs), state
 
@@ -138,7 +138,7 @@ def test_the_state_and_the_inputs_are_left_as_they_are(backend):
     q, k, v, decay, beta, committed = placed
     tree = TreeLayout(random_parents(rng, 9))
     _, tape = recur_tree(q, k, v, decay, beta, committed, tree)
-    replay([placed[-1]], [tape], [0])
+    replay_updates([placed[-1]], [tape], [0])
     recur_prompt(*placed)
     for array, before in zip(placed, (*rows, state), strict=True):
         assert same_bits(fetch(array), before)
@@ -164,7 +164,7 @@ def test_rows_and_replayed_states_have_the_bits_of_decoding(backend, seed, paren
         tapes.append(tape)
     states = [Operations(backend).place(state) for _, state in cases]
     for done in {len(path), int(rng.integers(1, len(path) + 1))}:
-        replayed = fetch(replay(states, tapes, path[:done]))
+        replayed = fetch(replay_updates(states, tapes, path[:done]))
         for (rows, state), new in zip(cases, replayed, strict=True):
             assert same_bits(decode(backend, rows, state, path[:done])[1], new)
 
