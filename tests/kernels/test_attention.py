@@ -46,7 +46,13 @@ def case(rng, heads, kv_heads, dim, length, rows, spare=0) -> Three:
 
 def attend(backend, queries, keys, values, parents, length, scale):
     layout = AttentionLayout(TreeLayout(parents), length)
-    return Operations(backend)(tree_attention, queries, keys, values, layout, scale)
+    y = Operations(backend)(tree_attention, queries, keys, values, layout, scale)
+    return by_head(y, queries)
+
+
+def by_head(y, queries):
+    """[rows, heads * dim] as [heads, rows, dim]."""
+    return np.ascontiguousarray(y.reshape(queries.shape[1], len(queries), -1).swapaxes(0, 1))
 
 
 @each_backend
@@ -83,7 +89,7 @@ def test_trees_after_any_number_of_committed_tokens(backend, length):
 def test_prompt_chunks(backend, length, rows):
     rng = np.random.default_rng(length + rows)
     arrays = case(rng, 4, 2, 32, length, rows, spare=2)
-    y = Operations(backend)(prefill_attention, *arrays, length, 0.5)
+    y = by_head(Operations(backend)(prefill_attention, *arrays, length, 0.5), arrays[0])
     seen = [range(length + row + 1) for row in range(rows)]
     np.testing.assert_allclose(y, attention64(*arrays, seen, 0.5), atol=5e-6)
 

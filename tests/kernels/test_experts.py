@@ -6,8 +6,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from specdec.kernels.experts import ExpertWeights, combine, experts_apart
-from tests.backends import Operations, each_backend, each_exact_backend, same_bits
+from specdec.kernels.experts import (
+    ExpertWeights,
+    SharedExpert,
+    combine,
+    experts_apart,
+    feed_forward,
+)
+from specdec.kernels.linear import Piece
+from specdec.kernels.norm import Norm
+from specdec.kernels.routing import Routing
+from tests.backends import Operations, each_backend, each_exact_backend, fetch, same_bits
 from tests.kernels.weights import PACKINGS, normal, some_weight
 
 HIDDEN, INNER = 128, 256
@@ -30,14 +39,29 @@ def experts64(x, matrices, slots):
     return out
 
 
+def apart(backend, x, bank, slots):
+    """experts_apart of x as it is (its rows are normalized), expert e in slot e."""
+    on = Operations(backend)
+    norm = Norm(on.place(np.ones(x.shape[1], np.float32)), 0.0)
+    routing = Routing(on.place(slots), None)
+    table = on.place(np.arange(len(bank.down.data), dtype=np.int32))
+    return fetch(experts_apart(on.place(x), norm, on.place(bank), routing, table))
+
+
+def unit(rng, rows, size):
+    """Rows that a norm leaves as they are, but for the last bits."""
+    x = rng.standard_normal((rows, size))
+    return (x / np.sqrt((x * x).mean(1, keepdims=True))).astype(np.float32)
+
+
 @each_backend
 @pytest.mark.parametrize("packing", [None, *PACKINGS])
 def test_every_expert_of_a_row_apart(backend, packing):
     rng = np.random.default_rng(0)
     bank, matrices = bank_of(rng, 5, [packing] * 3)
-    x = normal(rng, 4, HIDDEN)
+    x = unit(rng, 4, HIDDEN)
     slots = np.array([[0, 4], [4, 1], [2, 0], [1, 0]], np.int32)
-    y = Operations(backend)(experts_apart, x, bank, slots)
+    y = apart(backend, x, bank, slots)
     assert y.shape == (4, 2, HIDDEN)
     np.testing.assert_allclose(y, experts64(x, matrices, slots), atol=2e-5)
 
@@ -45,25 +69,58 @@ def test_every_expert_of_a_row_apart(backend, packing):
 @each_backend
 def test_projections_packed_differently_and_odd_dense_sizes(backend):
     rng = np.random.default_rng(1)
-    on = Operations(backend)
-    x, slots = normal(rng, 3, HIDDEN), np.array([[1, 0, 2], [0, 1, 2], [2, 1, 0]], np.int32)
+    x, slots = unit(rng, 3, HIDDEN), np.array([[1, 0, 2], [0, 1, 2], [2, 1, 0]], np.int32)
     bank, matrices = bank_of(rng, 3, [(4, 32), None, (8, 64)])
-    expected = experts64(x, matrices, slots)
-    np.testing.assert_allclose(on(experts_apart, x, bank, slots), expected, atol=2e-5)
+    np.testing.assert_allclose(
+        apart(backend, x, bank, slots), experts64(x, matrices, slots), atol=2e-5
+    )
     bank, matrices = bank_of(rng, 3, [None] * 3, hidden=37, inner=11)
-    expected = experts64(x[:, :37], matrices, slots)
-    y = on(experts_apart, np.ascontiguousarray(x[:, :37]), bank, slots)
-    np.testing.assert_allclose(y, expected, atol=2e-5)
+    x = unit(rng, 3, 37)
+    np.testing.assert_allclose(
+        apart(backend, x, bank, slots), experts64(x, matrices, slots), atol=2e-5
+    )
 
 
 @each_backend
-def test_combine_is_the_weighted_sum(backend):
+@pytest.mark.parametrize("shared", [None, (4, 32), (8, 64)])
+def test_feed_forward_is_the_residual_and_the_weighted_sum(backend, shared):
+    """The whole at once, and from experts that came in two waves, to the same bits."""
     rng = np.random.default_rng(2)
-    outputs, weights = normal(rng, 6, 3, 50), rng.random((6, 3)).astype(np.float32)
-    expected = np.einsum("rkh,rk->rh", outputs.astype(np.float64), weights.astype(np.float64))
-    y = Operations(backend)(combine, outputs, weights)
-    assert y.dtype == np.float32
-    np.testing.assert_allclose(y, expected, atol=1e-6)
+    on = Operations(backend)
+    bank, matrices = bank_of(rng, 6, [(4, 32)] * 3)
+    x, scale = normal(rng, 5, HIDDEN), normal(rng, HIDDEN)
+    chosen = np.stack([rng.permutation(6)[:3] for _ in range(5)]).astype(np.int32)
+    weights = rng.random((5, 3)).astype(np.float32)
+    wide = x.astype(np.float64)
+    h = wide / np.sqrt((wide**2).mean(1, keepdims=True) + 1e-6) * scale
+    table = np.array([5, 3, 1, 0, 2, 4], np.int32)
+    outputs = experts64(h, matrices, table[chosen])
+    expected = wide + np.einsum("rkh,rk->rh", outputs, weights.astype(np.float64))
+    others: list = [None, None]
+    if shared:
+        alone, whole = bank_of(rng, 1, [shared] * 3, inner=64)
+        gate = normal(rng, 5, 4)
+        others = [
+            SharedExpert(*(_first(on.place(w)) for w in (alone.gate, alone.up, alone.down))),
+            Piece(on.place(gate), 2, 1),
+        ]
+        output = experts64(h, whole, np.zeros((5, 1), np.int32))[:, 0]
+        expected += output / (1 + np.exp(-gate[:, 2:3].astype(np.float64)))
+    norm = Norm(on.place(scale), 1e-6)
+    routing = Routing(on.place(chosen), on.place(weights))
+    same = on.place(x), norm
+    bank = on.place(bank)
+    y = fetch(feed_forward(*same, bank, routing, on.place(table), *others))
+    np.testing.assert_allclose(y, expected, atol=1e-4)
+
+    waves = [np.where(table % 2 == wave, table, -1).astype(np.int32) for wave in (0, 1)]
+    parts = [experts_apart(*same, bank, routing, on.place(wave)) for wave in waves]
+    assert same_bits(fetch(combine(*same, parts[0] + parts[1], routing, *others)), y)
+
+
+def _first(weight):
+    """The first matrix of a stack."""
+    return weight._each(lambda array: array[0])
 
 
 @each_exact_backend
@@ -78,21 +135,25 @@ def test_a_pair_has_the_same_bits_in_any_company(backend, packing, seed, rows, t
     slots = np.stack([rng.permutation(8)[:top_k] for _ in range(rows)]).astype(np.int32)
     weights = rng.random((rows, top_k)).astype(np.float32)
     on = Operations(backend)
-    y = on(experts_apart, x, bank, slots)
-    total = on(combine, y, weights)
+    norm = Norm(on.place(np.ones(HIDDEN, np.float32)), 1e-6)
+    y = apart(backend, x, bank, slots)
+
+    def total(some):
+        routing = Routing(None, on.place(weights[some]))
+        return fetch(combine(on.place(x[some]), norm, on.place(y[some]), routing))
 
     order = rng.permutation(rows)[: rng.integers(1, rows + 1)]
-    assert same_bits(on(experts_apart, x[order], bank, slots[order]), y[order])
-    assert same_bits(on(combine, y[order], weights[order]), total[order])
+    assert same_bits(apart(backend, x[order], bank, slots[order]), y[order])
+    assert same_bits(total(order), total(np.arange(rows))[order])
     for row in order[:3]:
         for column in range(top_k):
-            alone = on(experts_apart, x[row : row + 1], bank, slots[row : row + 1, [column]])
+            alone = apart(backend, x[row : row + 1], bank, slots[row : row + 1, [column]])
             assert same_bits(alone[0, 0], y[row, column])
 
     moved = rng.permutation(8)  # slot s holds what slot moved[s] held
     back = np.argsort(moved).astype(np.int32)
     again = ExpertWeights(*(_move(w, moved) for w in (bank.gate, bank.up, bank.down)))
-    assert same_bits(on(experts_apart, x, again, back[slots]), y)
+    assert same_bits(apart(backend, x, again, back[slots]), y)
 
 
 def _move(weight, order):

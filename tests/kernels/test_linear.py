@@ -79,7 +79,7 @@ def test_projections_computed_together_have_the_bits_of_each_alone(backend, form
     together = Projections(weights)
     assert len(together.matrices) == {"equal": 1, "mixed": 3, "alternating": 3}[formats]
     x = Operations(backend).place(normal(rng, 6, 128))
-    outputs = fetch(together(x))
+    outputs = fetch([piece.values for piece in together(x)])
     for output, weight in zip(outputs, weights, strict=True):
         assert same_bits(np.ascontiguousarray(output), fetch(linear(x, weight)))
 
