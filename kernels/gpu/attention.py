@@ -1,0 +1,229 @@
+"""Attention of a tree's rows on a GPU: keys split into fixed blocks of positions, then merged.
+
+A row adds its keys by absolute position: runs of POSITIONS / 8, blocks of POSITIONS, the blocks in
+order. So its bits depend neither on the other rows, nor on where its keys lie in memory, nor on how
+the work is cut into threadgroups.
+"""
+
+from functools import cache, lru_cache
+from typing import NamedTuple
+
+import mlx.core as mx
+import numpy as np
+
+from specdec.kernels.attention import AttentionLayout, AttentionShape
+from specdec.kernels.gpu.kernel import Launch, MetalKernel
+from specdec.kernels.gpu.limits import MAX_ROWS, Unsupported
+from specdec.kernels.linear import Piece
+
+POSITIONS = 256  # of a block; the kernels count on it
+MAX_DIM = 256
+MAX_GROUP = 16
+ENOUGH = 128  # threadgroups keep a large GPU busy; beyond, heads rather share what is read
+FLOATS = (mx.float32, mx.float16, mx.bfloat16)
+
+INPUTS = MetalKernel(
+    "attention_inputs",
+    inputs=(
+        "q_rows",
+        "k_rows",
+        "v_rows",
+        "where",
+        "q_weight",
+        "k_weight",
+        "q_eps",
+        "k_eps",
+        "cosines",
+        "sines",
+    ),
+    outputs=("queries", "keys", "values"),
+    template=("T", "DIM"),
+)
+BLOCKS = MetalKernel(
+    "attention_blocks",
+    inputs=("queries", "keys", "values", "scale", "tree"),
+    outputs=("parts", "totals"),
+    template=("T", "DIM", "G"),
+    helpers=("attention.h",),
+)
+MERGE = MetalKernel(
+    "attention_merge",
+    inputs=("parts", "totals", "tree", "gate", "start"),
+    outputs=("out",),
+    template=("T", "DIM", "GATED"),
+)
+
+
+def attention_inputs(
+    queries: Piece,
+    keys: Piece,
+    values: Piece,
+    shape: AttentionShape,
+    cos: mx.array,
+    sin: mx.array,
+) -> tuple[mx.array, mx.array, mx.array]:
+    """Queries T [heads, rows, dim], keys and values T [kv_heads, rows, dim]."""
+    q_norm, k_norm = shape.q_norm, shape.k_norm
+    launch, where = _inputs(
+        (queries.rows.dtype, keys.rows.dtype, values.rows.dtype),
+        (q_norm.weight.dtype, k_norm.weight.dtype),
+        cos.shape,
+        shape.heads,
+        shape.kv_heads,
+        shape.dim,
+        shape.gated,
+        (queries.start, keys.start, values.start),
+    )
+    q, k, v = launch(
+        queries.rows,
+        keys.rows,
+        values.rows,
+        where,
+        q_norm.weight,
+        k_norm.weight,
+        q_norm.on_device,
+        k_norm.on_device,
+        cos,
+        sin,
+    )
+    return q, k, v
+
+
+@cache
+def _inputs(
+    pieces: tuple[mx.Dtype, ...],
+    weights: tuple[mx.Dtype, ...],
+    angles: tuple[int, int],
+    heads: int,
+    kv_heads: int,
+    dim: int,
+    gated: bool,
+    starts: tuple[int, int, int],
+) -> tuple[Launch, mx.array]:
+    """The launch, and where in the rows what stands."""
+    (rows, half), dtype = angles, pieces[0]
+    _check("attention_inputs", {*pieces, *weights}, rows, heads, kv_heads, dim)
+    if 2 * half > dim:
+        raise Unsupported(f"kernel attention_inputs: {half} pairs turn, expected at most {dim} / 2")
+    launch = INPUTS.launch(
+        [(heads, rows, dim), (kv_heads, rows, dim), (kv_heads, rows, dim)],
+        [dtype, dtype, dtype],
+        grid=(32, heads + 2 * kv_heads, rows),
+        threadgroup=(32, 1, 1),
+        template={"T": dtype, "DIM": dim},
+    )
+    q, k, v = starts
+    where = [q, k, v, 2 * dim if gated else dim, heads, kv_heads]
+    return launch, mx.array(where, mx.int32)
+
+
+def tree_attention(
+    queries: mx.array,
+    keys: mx.array,
+    values: mx.array,
+    layout: AttentionLayout,
+    scale: float,
+    gate: Piece | None = None,
+) -> mx.array:
+    """Softmax attention of each row over its keys, gated: T [rows, heads * dim]."""
+    tree, blocks = _on_device(layout)
+    split, merge, factor, start = _attention(
+        queries.shape,
+        keys.shape[0],
+        (queries.dtype, keys.dtype, values.dtype),
+        blocks,
+        scale,
+        None if gate is None else (gate.rows.dtype, gate.start),
+    )
+    parts, totals = split(queries, keys, values, factor, tree)
+    # the place of what is not used is taken by any array
+    (out,) = merge(parts, totals, tree, queries if gate is None else gate.rows, start)
+    return out
+
+
+class _Attention(NamedTuple):
+    """The launches of one shape, and the numbers that they read."""
+
+    split: Launch
+    merge: Launch
+    scale: mx.array
+    start: mx.array
+
+
+@cache
+def _attention(
+    shape: tuple[int, int, int],
+    kv_heads: int,
+    dtypes: tuple[mx.Dtype, ...],
+    blocks: int,
+    scale: float,
+    gate: tuple[mx.Dtype, int] | None,
+) -> _Attention:
+    (heads, rows, dim), dtype = shape, dtypes[0]
+    gate_dtype, start = gate or (dtype, 0)
+    _check("attention_blocks", {*dtypes, gate_dtype}, rows, heads, kv_heads, dim)
+    shared = heads_together(heads // kv_heads, kv_heads * rows * blocks)
+    split = BLOCKS.launch(
+        [(heads, rows, blocks, dim), (heads, rows, blocks, 2)],
+        [mx.float32, mx.float32],
+        grid=(POSITIONS * blocks, heads // shared, rows),
+        threadgroup=(POSITIONS, 1, 1),
+        template={"T": dtype, "DIM": dim, "G": shared},
+    )
+    merge = MERGE.launch(
+        [(rows, heads * dim)],
+        [dtype],
+        grid=(heads * dim, rows, 1),
+        threadgroup=(dim, 1, 1),
+        template={"T": dtype, "DIM": dim, "GATED": gate is not None},
+    )
+    return _Attention(split, merge, mx.array([scale], mx.float32), mx.array([start], mx.int32))
+
+
+def heads_together(group: int, others: int) -> int:
+    """How many of the `group` heads that share keys one threadgroup takes; any number is right.
+
+    others: threadgroups there are when it takes all of them. Only powers of two, where they divide
+    the group: each number is compiled by itself.
+    """
+    found = next(n for n in (2, 3, 5, 7, 1) if group % n == 0)
+    while found <= 4 and group % (2 * found) == 0 and others * (group // (2 * found)) >= ENOUGH:
+        found *= 2
+    return found
+
+
+# Every layer of a verify pass asks for the same layout, and the one before is soon forgotten.
+@lru_cache(maxsize=2)
+def _on_device(layout: AttentionLayout) -> tuple[mx.array, int]:
+    """int32 [rows, *]: each row's position, the committed length, its path; and blocks to launch."""
+    paths, length = layout.tree.paths, layout.length
+    # 8 columns at least, so that it never lies in Metal's constant space: one kernel for all
+    table = np.full((len(paths), max(8, 2 + paths.shape[1])), -1, np.int32)
+    table[:, 0] = length + layout.tree.depths
+    table[:, 1] = length
+    table[:, 2 : 2 + paths.shape[1]] = paths
+    return mx.array(table), rounded((length + paths.shape[1] - 1) // POSITIONS + 1)
+
+
+def rounded(blocks: int) -> int:
+    """At least `blocks` and at most a quarter more, so that few numbers occur: each is a launch."""
+    step = max(1, 2 ** (blocks.bit_length() - 3))
+    return -(-blocks // step) * step
+
+
+def _check(
+    kernel: str, dtypes: set[mx.Dtype], rows: int, heads: int, kv_heads: int, dim: int
+) -> None:
+    if len(dtypes) > 1 or not dtypes <= set(FLOATS):
+        found = ", ".join(sorted(map(str, dtypes)))
+        raise Unsupported(f"kernel {kernel}: {found}, expected one type of float for all")
+    if not 1 <= rows <= MAX_ROWS:
+        raise Unsupported(f"kernel {kernel}: {rows} rows, expected 1 to {MAX_ROWS}")
+    if dim % 32 or not 32 <= dim <= MAX_DIM:
+        raise Unsupported(
+            f"kernel {kernel}: head dim {dim}, expected a multiple of 32 up to {MAX_DIM}"
+        )
+    if heads % kv_heads or heads // kv_heads > MAX_GROUP:
+        raise Unsupported(
+            f"kernel {kernel}: {heads} heads of {kv_heads} keys, expected groups of 1 to {MAX_GROUP}"
+        )

@@ -1,0 +1,30 @@
+// The blocks of attention_blocks added in order, divided by the sum of the weights, and gated.
+// parts float [heads, rows, blocks, DIM] (its order of dimensions is that kernel's),
+// totals float [heads, rows, blocks, 2], tree int32 [rows, *]: the row's position first;
+// gate T [rows, *], a head's gate being DIM columns from start[0] + 2 * DIM * head + DIM on
+// -> out T [rows, heads * DIM]
+// grid (heads * DIM, rows, 1), threadgroup (DIM, 1, 1)
+constexpr uint PER = DIM / 32;
+const uint lane = thread_index_in_simdgroup;
+const uint me = thread_index_in_threadgroup;
+const uint head = threadgroup_position_in_grid.x;
+const uint row = threadgroup_position_in_grid.y;
+const uint used = uint(tree[row * tree_shape[1]]) / 256 + 1;
+const uint first = (head * parts_shape[1] + row) * parts_shape[2];
+float peak = -INF;
+for (uint b = lane; b < used; b += 32) peak = metal::max(peak, totals[2 * (first + b)]);
+peak = simd_max(peak);
+float value = 0.0f, total = 0.0f;
+#pragma unroll 4
+for (uint b = first; b < first + used; ++b) {
+  const float weight = metal::exp(totals[2 * b] - peak);
+  value = metal::fma(weight, parts[b * DIM + me], value);
+  total = metal::fma(weight, totals[2 * b + 1], total);
+}
+value = value / total;
+const uint dim = me % 32 * PER + me / 32;
+if (GATED) {
+  const float open = float(gate[ulong(row) * gate_shape[1] + start[0] + DIM * (2 * head + 1) + dim]);
+  value = value / (1.0f + metal::exp(-open));
+}
+out[(row * parts_shape[0] + head) * DIM + dim] = T(value);
