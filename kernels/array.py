@@ -1,7 +1,8 @@
 """Array: what the operations work on, and where.
 
-An operation in kernels/ computes where its arrays live: MLX arrays with MLX, NumPy arrays with the
-Numba kernels of kernels/cpu. Loading decides once, by `choose_backend`; nothing is moved later.
+An operation in kernels/ computes where its arrays live: MLX arrays on MLX's device, NumPy arrays
+with the Numba kernels of kernels/cpu (see executor.py). Loading decides once, by `choose_backend`;
+nothing is moved later.
 """
 
 import importlib
@@ -16,18 +17,20 @@ import numpy as np
 
 from specdec.checkpoint import Checkpoint
 from specdec.errors import SpecdecError
+from specdec.kernels.gpu.limits import refused
 
 # mx.array or np.ndarray; one model's arrays are all of one kind
 Array: TypeAlias = Any
 
-BACKENDS = ("cpu", "reference")
+BACKENDS = ("metal", "cuda", "cpu", "reference")
 
 
 @dataclass(frozen=True)
 class Backend:
     """Where a model's arrays live.
 
-    name: "cpu" (NumPy and Numba) or "reference" (plain MLX on MLX's default device).
+    name: "metal" or "cuda" (the kernels of kernels/gpu), "cpu" (NumPy and Numba) or "reference"
+        (plain MLX on MLX's default device).
     dtype: of activations and of everything that is not packed.
     why: how it came to be chosen, in words.
     """
@@ -44,9 +47,17 @@ class Backend:
     def exact(self) -> bool:
         """Whether a row's bits are known not to depend on the rows computed with it.
 
-        They do on a GPU, where MLX takes other matrix kernels for one row than for several.
+        The kernels are made so. MLX's own operations are on a CPU; on a GPU they take other matrix
+        kernels for one row than for several.
         """
-        return self.name == "cpu" or mx.default_device() == mx.cpu
+        if self.name == "reference":
+            return mx.default_device() == mx.cpu
+        return self.name == "cpu" or not refused
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether the kernels of kernels/gpu compute."""
+        return self.name in ("metal", "cuda")
 
     def place(self, array: mx.array) -> Array:
         """The array as this backend holds it; shares memory where it can."""
@@ -72,25 +83,28 @@ class Backend:
         return np.asarray(values) if self.name == "cpu" else mx.array(np.asarray(values))
 
 
-def choose_backend(dtype: mx.Dtype = mx.bfloat16) -> Backend:
-    """The backend for this machine; SPECDEC_KERNELS forces one and fails if it cannot be had.
+def choose_backend(dtype: mx.Dtype = mx.bfloat16, kernels: str | None = None) -> Backend:
+    """The backend for this machine. `kernels`, or else SPECDEC_KERNELS, forces one by its name;
+    SpecdecError if it cannot be had.
 
     dtype: of the checkpoint's floats, used on a GPU; on a CPU activations are float32, where
         anything shorter is emulated and many times slower.
     """
     on_gpu = mx.default_device() == mx.gpu
     has_numba = importlib.util.find_spec("numba") is not None
-    forced = os.environ.get("SPECDEC_KERNELS")
+    setting, forced = "--kernels", kernels
+    if forced is None:
+        setting, forced = "SPECDEC_KERNELS", os.environ.get("SPECDEC_KERNELS")
     if forced is not None:
         if forced not in BACKENDS:
-            raise SpecdecError(
-                f"SPECDEC_KERNELS = {forced!r}, expected one of {', '.join(BACKENDS)}"
-            )
+            raise SpecdecError(f"{setting} = {forced!r}, expected one of {', '.join(BACKENDS)}")
         if forced == "cpu" and not has_numba:
-            raise SpecdecError("SPECDEC_KERNELS = 'cpu' needs numba: pip install 'specdec[cpu]'")
-        name, why = forced, "forced by SPECDEC_KERNELS"
+            raise SpecdecError(f"{setting} = 'cpu' needs numba: pip install 'specdec[cpu]'")
+        if forced in ("metal", "cuda") and not (on_gpu and _has(forced)):
+            raise SpecdecError(f"{setting} = {forced!r}: MLX has no such GPU here")
+        name, why = forced, f"forced by {setting}"
     elif on_gpu:
-        name, why = "reference", "MLX's GPU device"
+        name, why = "metal" if _has("metal") else "cuda", "MLX's GPU device"
     elif has_numba:
         name, why = "cpu", "no GPU device; numba is installed"
     else:
@@ -99,6 +113,10 @@ def choose_backend(dtype: mx.Dtype = mx.bfloat16) -> Backend:
         return Backend(name, mx.float32, why)
     # float16 ends at 65504, which residual streams exceed
     return Backend(name, mx.float32 if dtype == mx.float32 else mx.bfloat16, why)
+
+
+def _has(platform: str) -> bool:
+    return bool(mx.metal.is_available() if platform == "metal" else mx.cuda.is_available())
 
 
 class OnCpu:

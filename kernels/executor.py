@@ -14,7 +14,7 @@ from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
 
-from specdec.kernels.gpu.limits import MAX_ROWS, Unsupported
+from specdec.kernels.gpu.limits import MAX_ROWS, Unsupported, refused
 from specdec.kernels.weight import Weight
 
 P = ParamSpec("P")
@@ -23,10 +23,6 @@ R = TypeVar("R")
 
 class _Executor:
     gpu_kernels = False
-    refused: dict[str, None]  # what GPU kernels did not take, in words
-
-    def __init__(self) -> None:
-        self.refused = {}
 
 
 _executor = _Executor()
@@ -46,11 +42,6 @@ def gpu_kernels(on: bool = True) -> Iterator[None]:
         yield
     finally:
         use_gpu_kernels(before)
-
-
-def refused() -> tuple[str, ...]:
-    """What GPU kernels were asked for and did not take, so that the reference computed it."""
-    return tuple(_executor.refused)
 
 
 def operation(
@@ -103,8 +94,8 @@ class _Operation:
         return self._found[room]
 
     def _say(self, why: str) -> None:
-        if why not in _executor.refused:
-            _executor.refused[why] = None
+        if why not in refused:
+            refused[why] = None
             print(f"{why}; plain MLX operations compute it, slower and not exact", file=sys.stderr)
 
 

@@ -17,9 +17,12 @@ from specdec.draft.config import DraftConfig
 from specdec.draft.model import Draft
 from specdec.draft.pairing import check_pairing
 from specdec.engine import Engine
+from specdec.errors import PlanError
 from specdec.footprint import Sizes
 from specdec.hub import resolve
 from specdec.kernels.array import Backend, choose_backend
+from specdec.kernels.executor import use_gpu_kernels
+from specdec.kernels.gpu.limits import MAX_ROWS
 from specdec.memory import resident_bytes
 from specdec.plan import COMPILER_BYTES, KEPT_BYTES, MemoryPlan, make_plan
 from specdec.target.config import TargetConfig
@@ -41,6 +44,7 @@ class Settings:
     context: tokens of prompt and answer together; budget: the largest that will be used. Both are
         planned for, and the engine keeps to them.
     prompt: tokens of the longest prompt, None for as many as the context holds.
+    kernels: the backend by its name, None for what suits the machine (see choose_backend).
     """
 
     model: str | None = None
@@ -52,6 +56,7 @@ class Settings:
     context: int = 4096
     budget: int = 6
     prompt: int | None = None
+    kernels: str | None = None
 
 
 @dataclass(frozen=True)
@@ -102,6 +107,7 @@ def load(
         if tokenizer is None:
             tokenizer = Tokenizer.open(found.target.folder)
         plan = _plan(found, settings)
+        use_gpu_kernels(found.backend.on_gpu)
         if on_plan is not None:
             on_plan(plan)
         mx.set_cache_limit(KEPT_BYTES)
@@ -139,17 +145,23 @@ def _open(settings: Settings, stack: ExitStack) -> _Headers:
         check_pairing(draft[1], config)
     store = ExpertStore(target, config)
     Manifest.of(target, config)
-    return _Headers(target, config, draft, store, _backend(target, config))
+    return _Headers(target, config, draft, store, _backend(target, config, settings.kernels))
 
 
-def _backend(checkpoint: Checkpoint, config: TargetConfig) -> Backend:
+def _backend(checkpoint: Checkpoint, config: TargetConfig, kernels: str | None) -> Backend:
     """The backend for this machine, in the checkpoint's float dtype where that is kept."""
     dtype = checkpoint.floats(f"{config.prefix}norm.weight").dtype
-    return choose_backend(mx.float32 if dtype == "F32" else mx.bfloat16)
+    return choose_backend(mx.float32 if dtype == "F32" else mx.bfloat16, kernels)
 
 
 def _plan(found: _Headers, settings: Settings) -> MemoryPlan:
     memory = settings.memory_gb
+    if found.backend.on_gpu and settings.budget >= MAX_ROWS:
+        raise PlanError(
+            f"--budget {settings.budget}: the {found.backend.name} kernels verify {MAX_ROWS} rows "
+            f"at a time, a budget of {MAX_ROWS - 1} (SPECDEC_KERNELS=reference takes more, slower "
+            "and not exact)"
+        )
     context = min(settings.context, found.config.max_position)
     return make_plan(
         found.store,

@@ -20,6 +20,7 @@ from specdec.errors import SpecdecError
 if TYPE_CHECKING:
     from specdec.bench import Sweep
     from specdec.generation import Result
+    from specdec.kernels.array import Backend
     from specdec.metrics import Comparison, Memory, Metrics
     from specdec.plan import MemoryPlan
 
@@ -79,7 +80,9 @@ class JsonFile:
             self._draft.unlink(missing_ok=True)
 
 
-def head(kind: str, settings: dict[str, Any], plan: "MemoryPlan", memory: "Memory") -> dict:
+def head(
+    kind: str, settings: dict[str, Any], backend: "Backend", plan: "MemoryPlan", memory: "Memory"
+) -> dict:
     """What every document begins with: who wrote it, where, how it was asked, what was planned."""
     import mlx.core as mx
 
@@ -91,6 +94,8 @@ def head(kind: str, settings: dict[str, Any], plan: "MemoryPlan", memory: "Memor
             "python": platform.python_version(),
             "mlx": metadata.version("mlx"),
             "device": str(mx.default_device()),
+            "kernels": backend.name,
+            "exact": backend.exact,
             "system": sys.platform,
             "machine": platform.machine(),
         },

@@ -15,10 +15,13 @@ from typing import NamedTuple
 import mlx.core as mx
 import numpy as np
 
+from specdec.kernels.array import Array, concatenate, to_numpy
 from specdec.kernels.experts import ExpertWeights
 from specdec.target.expert_bank import ExpertBank
 from specdec.target.expert_store import ExpertStore, Geometry
 from specdec.target.pins import share_slots
+
+UNCOUNTED = 4096  # uses of pinned layers that are counted together
 
 
 @dataclass(frozen=True)
@@ -159,10 +162,15 @@ class ExpertCache:
             return np.arange(self.store.num_experts, dtype=np.int32)
         return np.flatnonzero(self._tables[layer] >= 0).astype(np.int32)
 
-    def count_hits(self, layer: int, experts: np.ndarray) -> None:
-        """One pass used these experts of a pinned layer without asking: each counts as one hit."""
+    def count_hits(self, layer: int, experts: Array) -> None:
+        """One pass used these experts of a pinned layer without asking: each counts as one hit.
+
+        Counted later: reading a layer's routing back would cost the GPU its head start.
+        """
         assert layer in self._pinned
-        self._hits[layer] += len(np.unique(experts))
+        self._uncounted.append((layer, experts))
+        if len(self._uncounted) >= UNCOUNTED:
+            self._count()
 
     def touch(self, layer: int, experts: np.ndarray) -> None:
         """Mark experts as just used, the highest id last; absent ones are passed over."""
@@ -173,6 +181,7 @@ class ExpertCache:
 
     def counters(self) -> tuple[LayerCounters, ...]:
         """Per MoE layer, ascending."""
+        self._count()
         return tuple(
             LayerCounters(
                 layer,
@@ -184,7 +193,18 @@ class ExpertCache:
             for layer in self.store.layers
         )
 
+    def _count(self) -> None:
+        """Count the hits of pinned layers, read back all at once."""
+        if self._uncounted:
+            layers, used = zip(*self._uncounted, strict=True)
+            flat = to_numpy(concatenate([experts.reshape(-1) for experts in used]))
+            ends = np.cumsum([experts.size for experts in used])
+            for layer, ids in zip(layers, np.split(flat, ends[:-1]), strict=True):
+                self._hits[layer] += len(set(ids.tolist()))
+            self._uncounted = []
+
     def reset_counters(self) -> None:
+        self._uncounted: list[tuple[int, Array]] = []
         self._hits = dict.fromkeys(self.store.layers, 0)
         self._misses = dict.fromkeys(self.store.layers, 0)
         self._bytes_read = dict.fromkeys(self.store.layers, 0)

@@ -13,7 +13,7 @@ import numpy as np
 
 from specdec.checkpoint import Checkpoint
 from specdec.errors import NonFiniteError
-from specdec.kernels.array import Array, Backend, concatenate, evaluate, finite_rows, to_numpy
+from specdec.kernels.array import Array, Backend, concatenate, evaluate, finite_rows
 from specdec.kernels.layout import TreeLayout
 from specdec.kernels.linear import embed, linear
 from specdec.kernels.norm import Norm
@@ -201,8 +201,7 @@ class Target:
         """Experts that committed rows used become recent in their slots; in pinned layers, which
         nobody asks for, experts that any row of the pass used count as hits."""
         for layer, chosen in this.chosen.items():
-            experts = to_numpy(chosen)
             if self.experts.is_pinned(layer):
-                self.experts.count_hits(layer, experts)
+                self.experts.count_hits(layer, chosen)
             else:
-                self.experts.touch(layer, experts[rows])
+                self.experts.touch(layer, chosen[rows])

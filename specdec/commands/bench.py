@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from specdec.commands.console import Console, emit
-from specdec.commands.options import Budgets, model_options, tree_option
+from specdec.commands.options import Budgets, kernels_option, model_options, tree_option
 from specdec.errors import DisagreementError, PromptError, SpecdecError
 
 if TYPE_CHECKING:
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     "--max-tokens", type=click.IntRange(min=1), default=64, show_default=True, help="Token limit."
 )
 @tree_option
+@kernels_option
 @click.option("--ignore-eos", is_flag=True, help="Do not end at the model's end tokens.")
 @click.option("--json", "json_path", metavar="FILE", help="Write all figures to FILE.")
 @click.option("--quiet", "-q", is_flag=True, help="Print the report, and on stderr only problems.")
@@ -98,7 +99,8 @@ def bench(**options: Any) -> None:
         emit(benchmark.report(done))
         console.say(f"memory: {memory_line(memory)}")
         if not isinstance(done.ended, SpecdecError):
-            file.write(record.head("bench", options, loaded.plan, memory) | record.bench(done))
+            head = record.head("bench", options, loaded.backend, loaded.plan, memory)
+            file.write(head | record.bench(done))
     if done.ended is not None:
         raise done.ended
     if done.disagreements():

@@ -90,7 +90,7 @@ def generate(**options: Any) -> None:
         told = _tell(runs.results, memory, console)
         if not isinstance(ended, SpecdecError):
             settings = {**options, "budget": budget}
-            document = record.head("generate", settings, loaded.plan, memory)
+            document = record.head("generate", settings, loaded.backend, loaded.plan, memory)
             file.write(document | {"partial": ended is not None, "prompt": text} | told)
     if ended is not None:
         raise ended

@@ -51,6 +51,7 @@ def inspect(**options: Any) -> None:
             *architecture(config),
             ("parameters", f"{count / 1e6:,.1f} M"),
             ("runs on", f"{backend.name} kernels: {backend.why}"),
+            ("exact", "yes" if backend.exact else "not known: rows may depend on their company"),
         ]
         emit("\n".join(f"{subject:<14}{words}" for subject, words in rows))
     emit("")

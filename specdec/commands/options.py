@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 import click
 
 MAX_BUDGET = 256
+KERNELS = ("metal", "cuda", "cpu", "reference")  # kernels.array.BACKENDS, without importing MLX
 TREES = ("best-first", "chain", "spine")
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -80,6 +81,15 @@ def tree_option(command: Command) -> Command:
         default=TREES[0],
         show_default=True,
         help="How drafted tokens are arranged.",
+    )(command)
+
+
+def kernels_option(command: Command) -> Command:
+    """--kernels."""
+    return click.option(
+        "--kernels",
+        type=click.Choice(KERNELS),
+        help="Who computes; forces one where SPECDEC_KERNELS does not.  [default: what suits]",
     )(command)
 
 

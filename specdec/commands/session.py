@@ -30,6 +30,7 @@ def settings(
         context=context,
         budget=budget,
         prompt=prompt,
+        kernels=options.get("kernels"),
     )
 
 
@@ -68,8 +69,8 @@ def load(
     )
     if not loaded.backend.exact:
         console.note(
-            "note: on this device MLX computes one row and several rows with different kernels; "
-            "the tokens may differ from those of --budget 1 (--compare tells)"
+            "note: on this device MLX's own operations compute one row and several rows with "
+            "different kernels; the tokens may differ from those of --budget 1 (--compare tells)"
         )
     slots = loaded.engine.draft.config.slots if loaded.engine.draft is not None else 0
     if options.get("tree") == "chain" and 1 <= slots < budget:

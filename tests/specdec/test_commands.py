@@ -233,8 +233,9 @@ def test_bench(pair, tmp_path):
     done, document = recorded(
         tmp_path,
         *("bench", *pair.options, "--prompts", prompts, "--budgets", "1,3", "--repeat", "2"),
-        *("--max-tokens", "6", "--ignore-eos"),
+        *("--max-tokens", "6", "--ignore-eos", "--kernels", "reference"),
     )
+    assert document["environment"]["kernels"] == "reference"
     assert document["tokens_equal"] is True
     assert len(document["runs"]) == 3 * 2 * 2
     assert set(document["classes"]) == {"a", "b", "all"}

@@ -233,8 +233,9 @@ def failing_reads(monkeypatch, after):
 
 
 def test_an_error_brings_what_was_done_until_then(pair, monkeypatch):
-    options = {"context": 200, "pin_layers": 0, "cache_slots": 4}
-    loaded = load(Settings(str(pair.target), str(pair.draft), **options))
+    loaded = load(
+        Settings(str(pair.target), str(pair.draft), pin_layers=0, cache_slots=4, context=200)
+    )
     tokens = tuple(loaded.tokenizer.encode("the rain in spain"))
     request = Request(tokens, budget=4, max_tokens=40)
     whole = run_generation(loaded.engine, loaded.tokenizer, request)

@@ -225,13 +225,37 @@ def test_a_draft_of_another_block_of_tensors_is_refused(pair, tmp_path):
         load(settings(pair, draft=str(folder)))
 
 
-@pytest.mark.parametrize("name", ["metal", "", "CPU", "reference "])
+@pytest.mark.parametrize("name", ["vulkan", "", "CPU", "reference "])
 def test_unknown_kernels_are_refused_by_name(name, monkeypatch, pair, reads):
     monkeypatch.setenv("SPECDEC_KERNELS", name)
     with pytest.raises(SpecdecError, match="SPECDEC_KERNELS") as caught:
         load(settings(pair))
     assert repr(name) in str(caught.value)
     assert "reference" in str(caught.value)
+    assert reads == []
+
+
+@pytest.mark.parametrize("name", ["metal", "cuda"])
+def test_kernels_of_another_machine_are_refused(name, monkeypatch, pair, reads):
+    if getattr(mx, name).is_available():
+        pytest.skip("this is that machine")
+    monkeypatch.setenv("SPECDEC_KERNELS", name)
+    with pytest.raises(SpecdecError, match=f"SPECDEC_KERNELS = '{name}': MLX has no such GPU here"):
+        load(settings(pair))
+    assert reads == []
+
+
+def test_a_setting_goes_before_the_environment(monkeypatch):
+    monkeypatch.setenv("SPECDEC_KERNELS", "cpu")
+    chosen = choose_backend(kernels="reference")
+    assert (chosen.name, chosen.why) == ("reference", "forced by --kernels")
+
+
+def test_a_tree_of_more_rows_than_the_gpu_kernels_take_is_refused(monkeypatch, pair, reads):
+    backend = Backend("cuda", mx.bfloat16, "a test")
+    monkeypatch.setattr("specdec.load.choose_backend", lambda *_: backend)
+    with pytest.raises(PlanError, match="--budget 32: the cuda kernels verify 32 rows at a time"):
+        load(settings(pair, budget=32))
     assert reads == []
 
 
@@ -271,16 +295,17 @@ def test_a_machine_without_a_gpu_takes_the_cpu_kernels(monkeypatch):
         assert (chosen.name, chosen.dtype) == ("cpu", mx.float32)
 
 
-def test_a_gpu_takes_mlx_in_bfloat16_or_the_checkpoints_float32(monkeypatch):
+def test_a_gpu_takes_its_kernels_in_bfloat16_or_the_checkpoints_float32(monkeypatch):
     monkeypatch.delenv("SPECDEC_KERNELS", raising=False)
     monkeypatch.setattr(mx, "default_device", lambda: mx.gpu)
+    name = "metal" if mx.metal.is_available() else "cuda"
     for dtype, expected in (
         (mx.bfloat16, mx.bfloat16),
         (mx.float16, mx.bfloat16),
         (mx.float32, mx.float32),
     ):
         chosen = choose_backend(dtype)
-        assert (chosen.name, chosen.dtype) == ("reference", expected)
+        assert (chosen.name, chosen.dtype) == (name, expected)
     assert choose_backend().dtype == mx.bfloat16
 
 
