@@ -46,11 +46,11 @@ struct Chunk {
 
   // A code becomes a float without a conversion: as bits of the mantissa of 1.0 it is worth
   // 1 + code / 2^power, and scale * code + bias = 2^power * scale * (1 + code / 2^power)
-  // + (bias - 2^power * scale), rounded once if scales have 16 bits. Codes that share a byte are
-  // brought to the top of the mantissa together.
+  // + (bias - 2^power * scale), rounded once if scales have 16 bits. Short codes that stand side by
+  // side are brought to the top of the mantissa together.
   template <typename P>
   HELPER void decode(int eighth, P out) {
-    const int width = 8 % BITS == 0 ? 8 : BITS;
+    const int width = BITS == 2 ? 4 : BITS == 4 ? 8 : BITS;
     const int low = 23 - width;  // where the lowest bit of what is shifted together comes to stand
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
