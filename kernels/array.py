@@ -161,8 +161,11 @@ def evaluate(*arrays: Array) -> None:
     mx.eval([array for array in arrays if not is_numpy(array)])
 
 
-def finite_rows(x: Array) -> np.ndarray:
+def start(*arrays: Array) -> None:
+    """Let MLX begin to compute these; NumPy arrays are there already."""
+    mx.async_eval([array for array in arrays if not is_numpy(array)])
+
+
+def finite_rows(x: Array) -> Array:
     """bool [rows]: which rows of x [rows, n] have no NaN and no Inf."""
-    if is_numpy(x):
-        return np.isfinite(x).all(axis=-1)
-    return np.array(mx.isfinite(x).all(axis=-1))
+    return (np if is_numpy(x) else mx).isfinite(x).all(axis=-1)

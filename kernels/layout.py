@@ -1,7 +1,7 @@
 """TreeLayout: the index arrays of one verify pass, computed on the host once for all layers."""
 
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 
 import mlx.core as mx
 import numpy as np
@@ -30,6 +30,11 @@ class TreeLayout:
     def __post_init__(self) -> None:
         assert self.parents[0] == -1
         assert all(0 <= self.parents[row] < row for row in range(1, len(self.parents)))
+
+    @classmethod
+    def of(cls, parents: np.ndarray) -> "TreeLayout":
+        """The layout of a tree; the lone root's is always the same one, with what it has cached."""
+        return _root() if len(parents) == 1 else cls(parents)
 
     @property
     def rows(self) -> int:
@@ -104,3 +109,8 @@ class TreeLayout:
     @cached_property
     def _windows(self) -> dict[int, np.ndarray]:
         return {}
+
+
+@cache
+def _root() -> TreeLayout:
+    return TreeLayout.chain(1)

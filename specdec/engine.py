@@ -84,12 +84,11 @@ class Engine:
         output = self.target.verify(tree)
         path, bonus = walk(tree, self.choose(output.logits))
         times.append(perf_counter())
-        taps = output.taps[self.target.backend.index(path)]
+        taps = [output.taps[self.target.backend.index(path)]] if self._drafting else []
         with Interrupts():  # a round is committed as a whole or not at all
             self.target.commit(path)
             self._bonus = bonus
-            if self._drafting:
-                self._untold.append(taps)
+            self._untold += taps
         times.append(perf_counter())
         draft, built, verify, commit = np.diff(times).tolist()
         return Round(tree, path, bonus, PhaseSeconds(draft, built, verify, commit))

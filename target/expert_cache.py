@@ -122,6 +122,10 @@ class ExpertCache:
     def is_pinned(self, layer: int) -> bool:
         return layer in self._pinned
 
+    @property
+    def all_pinned(self) -> bool:
+        return not self._groups
+
     def bank(self, layer: int) -> ExpertWeights:
         """The bank the layer's slots index; a pinned layer has expert e in slot e."""
         if layer in self._pinned:
@@ -193,6 +197,12 @@ class ExpertCache:
             for layer in self.store.layers
         )
 
+    def reset_counters(self) -> None:
+        self._uncounted: list[tuple[int, Array]] = []
+        self._hits = dict.fromkeys(self.store.layers, 0)
+        self._misses = dict.fromkeys(self.store.layers, 0)
+        self._bytes_read = dict.fromkeys(self.store.layers, 0)
+
     def _count(self) -> None:
         """Count the hits of pinned layers, read back all at once."""
         if self._uncounted:
@@ -202,12 +212,6 @@ class ExpertCache:
             for layer, ids in zip(layers, np.split(flat, ends[:-1]), strict=True):
                 self._hits[layer] += len(set(ids.tolist()))
             self._uncounted = []
-
-    def reset_counters(self) -> None:
-        self._uncounted: list[tuple[int, Array]] = []
-        self._hits = dict.fromkeys(self.store.layers, 0)
-        self._misses = dict.fromkeys(self.store.layers, 0)
-        self._bytes_read = dict.fromkeys(self.store.layers, 0)
 
     def _wave(self, layer: int, hits: np.ndarray, missing: np.ndarray) -> Wave:
         """Load the missing experts beside the hits."""

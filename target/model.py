@@ -13,7 +13,15 @@ import numpy as np
 
 from specdec.checkpoint import Checkpoint
 from specdec.errors import NonFiniteError
-from specdec.kernels.array import Array, Backend, concatenate, evaluate, finite_rows
+from specdec.kernels.array import (
+    Array,
+    Backend,
+    concatenate,
+    evaluate,
+    finite_rows,
+    start,
+    to_numpy,
+)
 from specdec.kernels.layout import TreeLayout
 from specdec.kernels.linear import embed, linear
 from specdec.kernels.norm import Norm
@@ -113,7 +121,7 @@ class Target:
     def reset(self) -> None:
         """Forget all tokens."""
         self.state = State(self.config, self.backend)
-        self._pending: tuple[TreePass, DraftTree, np.ndarray] | None = None
+        self._pending: tuple[TreePass, DraftTree, Array] | None = None
 
     @property
     def length(self) -> int:
@@ -145,11 +153,14 @@ class Target:
         Logits may be NaN or Inf in rows that a draft alone led to: commit looks at its path.
         """
         self._pending = None
-        this = TreePass(self.state, TreeLayout(tree.parents))
+        this = TreePass(self.state, TreeLayout.of(tree.parents))
         hidden, taps = self._forward(tree.tokens, this)
         logits = self._logits(hidden)
-        evaluate(logits, taps, *this.arrays())
-        self._pending = this, tree, finite_rows(logits)
+        finite = finite_rows(logits)
+        # Slots must not be filled anew while a graph that reads them waits.
+        begin = start if self.experts.all_pinned else evaluate
+        begin(logits, taps, finite, *this.arrays())
+        self._pending = this, tree, finite
         return Output(logits, taps)
 
     def commit(self, path: Sequence[int]) -> None:
@@ -159,7 +170,7 @@ class Target:
         """
         assert self._pending is not None, "commit without a verified tree"
         (this, tree, finite), self._pending = self._pending, None
-        if not finite[list(path)].all():
+        if not to_numpy(finite)[list(path)].all():
             rows = tree.tokens[list(path)]
             self._refuse(rows, TreePass(self.state, TreeLayout.chain(len(rows))))
         self._count(this, list(path))

@@ -126,7 +126,7 @@ class TreePass:
         return y
 
     def arrays(self) -> list[Array]:
-        """What commit will read, to evaluate together with the logits."""
+        """What commit will read, to be computed together with the logits."""
         tapes = [array for tape in self._tapes.values() for array in tape.arrays]
         return [*self.state.keys, *self.state.values, *tapes]
 
