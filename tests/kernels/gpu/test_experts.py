@@ -175,3 +175,73 @@ def test_short_floats(dtype, packing):
     assert y.dtype == dtype
     tolerance = 1e-3 if dtype == mx.float16 else 8e-3
     np.testing.assert_allclose(exact(y), made.forward64(*inputs)[0], rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize(("packing", "dtype"), [(Q4, mx.float32), (None, mx.bfloat16)], ids=str)
+def test_a_row_has_the_same_bits_in_any_company(packing, dtype):
+    made = Layer.random(packing=packing, shared=(4, 32), dtype=dtype, experts=6)
+    x, experts, weights, gate = made.inputs(13, 4)  # some experts have more than 8 rows
+    experts[:10] = np.stack([np.random.default_rng(r).permutation([0, 1, 2, 5]) for r in range(10)])
+    together = exact(made.forward(x, experts, weights, gate))
+    rng = np.random.default_rng(3)
+    groups = [rng.permutation(13), rng.permutation(13)[:7], rng.permutation(13)[:3]]
+    for rows in (*groups, *np.arange(13)[:, None]):
+        index = mx.array(rows)
+        y = exact(made.forward(x[index], experts[rows], weights[rows], gate[index]))
+        assert np.array_equal(y, together[rows]), rows
+
+
+@pytest.mark.parametrize(
+    ("shared", "dtype", "options"),
+    [
+        ((8, 64), mx.float32, {"sanitize": "races"}),
+        ((8, 64), mx.bfloat16, {"order": "reverse"}),
+        ("none", mx.float32, {"sanitize": "memory"}),
+    ],
+    ids=str,
+)
+def test_waves_of_streamed_experts_add_up_to_the_whole(shared, dtype, options):
+    made = Layer.random(shared=shared, dtype=dtype)
+    x, experts, weights, gate = made.inputs(6, 3)
+    routing = made.routing(experts, weights)
+    whole = exact(made.forward(x, experts, weights, gate))
+    table = np.array(made.table)
+    waves = []
+    for resident in (np.arange(8) < 5, np.arange(8) >= 5):
+        slots = mx.array(np.where(resident, table, -1).astype(np.int32))
+        with through_shim(**options):
+            waves.append(experts_apart(x, made.norm, made.bank, routing, slots))
+        assert waves[-1].dtype == mx.float32
+        elsewhere = ~resident[experts]
+        assert elsewhere.any()
+        assert not np.array(waves[-1])[elsewhere].any()
+    apart = waves[0] + waves[1]
+    expected = made.forward64(x, experts, weights, gate)[1]
+    np.testing.assert_allclose(np.array(apart), expected, rtol=1e-5, atol=1e-5)
+    piece = None if made.shared is None else Piece(gate, 3, 1)
+    for given in (routing, Routing(routing.experts, routing.weights)):  # it needs no union
+        with through_shim(**options):
+            y = combine(x, made.norm, apart, given, made.shared, piece)
+        assert y.dtype == dtype
+        assert np.array_equal(exact(y), whole)
+
+
+def test_what_the_kernels_do_not_take():
+    made = Layer.random()
+    x, experts, weights, _ = made.inputs(2, 3)
+    routing = made.routing(experts, weights)
+
+    def refuses(words, made=made, x=x, routing=routing):
+        with pytest.raises(Unsupported, match=words):
+            feed_forward(x, made.norm, made.bank, routing, made.table, None, None)
+
+    refuses("a routing without union", routing=Routing(mx.array(experts), mx.array(weights)))
+    refuses("0 rows, expected 1 to 32", x=x[:0])
+    refuses("33 rows, expected 1 to 32", x=mx.zeros((33, 128)))
+    refuses("norm of .*float32, expected .*float16 as x", x=x.astype(mx.float16))
+    refuses("bank: gate of 4 bits in groups of 16", made=Layer.random(packing=(4, 16)))
+    refuses(
+        "bank: down .128, 37., expected .128, 37., mult", made=Layer.random(packing=None, inner=37)
+    )
+    bank = ExpertWeights(made.bank.gate, made.shared.up, made.bank.down)
+    refuses("bank: up kept as", made=Layer(made.norm, bank, made.table, None, mx.float32))
