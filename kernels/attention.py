@@ -71,7 +71,7 @@ class AttentionLayout:
         return mx.array(tail), mx.array(tail == none)
 
 
-@operation(prompts=True)
+@operation("few rows")
 def attention_inputs(
     queries: Piece, keys: Piece, values: Piece, shape: AttentionShape, cos: Array, sin: Array
 ) -> tuple[Array, Array, Array]:
@@ -147,7 +147,7 @@ def _weighted(weights: mx.array, values: mx.array) -> mx.array:
     return mx.concatenate([products, weights.sum(axis=-1, keepdims=True)], axis=-1)
 
 
-@operation()
+@operation("never")
 def prefill_attention(
     queries: Array,
     keys: Array,

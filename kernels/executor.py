@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import update_wrapper
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, Literal, ParamSpec, TypeVar
 
 import numpy as np
 
@@ -45,25 +45,26 @@ def gpu_kernels(on: bool = True) -> Iterator[None]:
 
 
 def operation(
-    prompts: bool = False, decides: int = 0
+    kernel: Literal["always", "few rows", "never"] = "always", decides: int = 0
 ) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Make a reference the operation: calls go to the function of its name in the module of its
     name in kernels/cpu or kernels/gpu, or to the reference itself.
 
-    prompts: the first argument has a row for each token and may have more than MAX_ROWS, which are
-        left to the reference.
+    kernel: when kernels/gpu has one; "few rows" if the first argument has a row for each token and
+        may have more than MAX_ROWS, "never" for what only prompts ask.
     decides: the argument whose (first) array says where.
     """
 
     def decorate(reference: Callable[P, R]) -> Callable[P, R]:
-        return update_wrapper(_Operation(reference, prompts, decides), reference)
+        return update_wrapper(_Operation(reference, kernel, decides), reference)
 
     return decorate
 
 
 class _Operation:
-    def __init__(self, reference: Callable[..., Any], prompts: bool, decides: int) -> None:
-        self.reference, self.prompts, self.decides = reference, prompts, decides
+    def __init__(self, reference: Callable[..., Any], kernel: str, decides: int) -> None:
+        self.reference, self.decides = reference, decides
+        self.kernel, self.few = kernel != "never", kernel == "few rows"
         self._module = reference.__module__.rpartition(".")[2]
         self._found: dict[str, Callable[..., Any]] = {}
 
@@ -75,7 +76,8 @@ class _Operation:
             array = array.data
         if isinstance(array, np.ndarray):
             return self._on("cpu")(*arguments, **named)
-        if not _executor.gpu_kernels or (self.prompts and _rows(arguments[0]) > MAX_ROWS):
+        wanted = self.kernel and _executor.gpu_kernels
+        if not wanted or (self.few and _rows(arguments[0]) > MAX_ROWS):
             return self.reference(*arguments, **named)
         try:
             return self._on("gpu")(*arguments, **named)

@@ -42,7 +42,7 @@ class SharedExpert:
     down: Weight
 
 
-@operation(prompts=True)
+@operation("few rows")
 def feed_forward(
     x: Array,
     norm: Norm,
@@ -61,7 +61,7 @@ def feed_forward(
     return combine(x, norm, apart, routing, shared, shared_gate)
 
 
-@operation(prompts=True)
+@operation("few rows")
 def experts_apart(
     x: Array, norm: Norm, bank: ExpertWeights, routing: Routing, table: Array
 ) -> Array:
@@ -77,7 +77,7 @@ def experts_apart(
     return apart
 
 
-@operation(prompts=True)
+@operation("few rows")
 def combine(
     x: Array,
     norm: Norm,

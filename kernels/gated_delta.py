@@ -88,7 +88,7 @@ def mix_tree(
     return _output(y, inputs, weights), Tape((x, *updates.rows), last)
 
 
-@operation()
+@operation("never")
 def mix_prompt(
     inputs: DeltaInputs, weights: DeltaWeights, conv: Array, state: Array
 ) -> tuple[Array, Array, Array]:

@@ -28,7 +28,7 @@ class Piece(NamedTuple):
         return self.rows[:, self.start : self.start + self.width]
 
 
-@operation(prompts=True)
+@operation("few rows")
 def linear(
     x: Array, weight: Weight, norm: Norm | None = None, residual: Array | None = None
 ) -> Array:

@@ -24,7 +24,7 @@ class Routing:
     union: Array = None
 
 
-@operation(prompts=True)
+@operation("few rows")
 def route(logits: Piece, top_k: int, normalize: bool) -> Routing:
     """The top_k experts of each row and their weights.
 
