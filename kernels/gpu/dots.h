@@ -6,7 +6,8 @@
 //   float sums[ROWS * OUTS];                 // set: lane's share for row r, feature o: [r * OUTS + o]
 //   float squares[ROWS];                     // set if NORM: lane's share of the sum of x^2
 //   dots<T, OUTS, ROWS, STEP, NORM>(features, x, inputs, count, norm, lane, sums, squares);
-//   float y = simd_sum(sums[r * OUTS + o]);  // * norm_scale(squares[r], in, eps) if NORM
+//   simd_sums<ROWS * OUTS>(sums, lane);      // of simd_sums.h: the products, one in each lane
+//   simd_sums<ROWS>(squares, lane);          // and to the same lanes the squares of their rows
 //
 // x T [.., in]; norm T [in], multiplied to x if NORM, else anything. count: 1 .. ROWS, the same in
 // all lanes; rows are computed by STEP (a divisor of ROWS) until there are `count`, sums of the rest
@@ -16,7 +17,7 @@ template <int OUTS, bool NORM, typename E, typename S, typename P>
 HELPER void add_eight(E eight, S scale, S w, P sums, P square) {
 #pragma unroll
   for (int k = 0; k < 8; ++k) {
-    float value = float(eight.value[k]);
+    float value = eight.get(k);
     if (NORM) {
       square[0] = metal::fma(value, value, square[0]);
       value = value * scale[k];
@@ -26,11 +27,6 @@ HELPER void add_eight(E eight, S scale, S w, P sums, P square) {
       sums[o] = metal::fma(value, w[8 * o + k], sums[o]);
     }
   }
-}
-
-// 1 / sqrt(mean(x^2) + eps) of a row, from the lanes' shares of the sum of x^2
-HELPER float norm_scale(float square, int in, float eps) {
-  return metal::rsqrt(simd_sum(square) / float(in) + eps);
 }
 
 template <typename T, int OUTS, int ROWS, int STEP, bool NORM, typename W, typename X, typename I, typename N, typename P>
@@ -74,12 +70,12 @@ HELPER void dots(W features, X x, I inputs, int count, N norm, uint lane, P sums
         auto eight = LOAD(Eight<T>, norm + at);
 #pragma unroll
         for (int k = 0; k < 8; ++k) {
-          scale[k] = float(eight.value[k]);
+          scale[k] = eight.get(k);
         }
       }
 #pragma unroll
       for (int from = 0; from < ROWS; from += STEP) {
-        if (from < count) {
+        if (from == 0 || from < count) {
           Eight<T> eights[STEP];
 #pragma unroll
           for (int r = 0; r < STEP; ++r) {

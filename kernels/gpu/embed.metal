@@ -10,10 +10,8 @@ if (row < ids_shape[0]) {
   for (int e = 0; e < chunk.values / 8; ++e) {
     float w[8];
     chunk.decode(e, w);
-    Eight<T> eight;
     for (int k = 0; k < 8; ++k) {
-      eight.value[k] = T(w[k]);
+      out[row * hidden + i * chunk.values + 8 * e + k] = T(w[k]);
     }
-    STORE(Eight<T>, out + row * hidden + i * chunk.values + 8 * e, eight);
   }
 }

@@ -20,16 +20,19 @@ if (first < outs) {
   float sums[ROWS * OUTS];
   float squares[ROWS];
   dots<T, OUTS, ROWS, (ROWS < 4 ? ROWS : 4), NORM>(features, x, inputs, rows, norm, lane, sums, squares);
-  for (int r = 0; r < ROWS; ++r) {
-    if (r < rows) {
-      float scale = NORM ? norm_scale(squares[r], in, eps[0]) : 1.0f;
-      for (int o = 0; o < OUTS; ++o) {
-        float y = simd_sum(sums[r * OUTS + o]);
-        if (int(lane) == o && first + o < outs) {
-          int at = r * outs + first + o;
-          out[at] = T(RESIDUAL ? metal::fma(y, scale, float(residual[at])) : y * scale);
-        }
-      }
+  // one sum for each lane: of 32 / OUTS rows at a time, if there are more
+  constexpr int SHARE = ROWS * OUTS < 32 ? ROWS : 32 / OUTS;
+#pragma unroll
+  for (int r = 0; r < ROWS; r += SHARE) {
+    float y = simd_sums<SHARE * OUTS>(sums + r * OUTS, lane);
+    float square = NORM ? simd_sums<SHARE>(squares + r, lane) : 0.0f;
+    float scale = NORM ? metal::rsqrt(square / float(in) + eps[0]) : 1.0f;
+    int index = sum_of_lane<SHARE * OUTS>(lane);
+    int row = r + index / OUTS;
+    int feature = first + index % OUTS;
+    if (int(lane) < SHARE * OUTS && row < rows && feature < outs) {
+      int at = row * outs + feature;
+      out[at] = T(RESIDUAL ? metal::fma(y, scale, float(residual[at])) : y * scale);
     }
   }
 }

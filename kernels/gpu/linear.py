@@ -24,7 +24,7 @@ LINEAR = MetalKernel(
     inputs=("x", "data", "scales", "biases", "norm", "eps", "residual"),
     outputs=("out",),
     template=("T", "BITS", "GROUP", "ROWS", "OUTS", "SIMDGROUPS", "NORM", "RESIDUAL"),
-    helpers=("weights.h", "dots.h"),
+    helpers=("weights.h", "dots.h", "simd_sums.h"),
 )
 EMBED = MetalKernel(
     "embed",

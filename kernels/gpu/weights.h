@@ -4,6 +4,7 @@
 //   auto row = matrix.row(index);                  // slot * out + feature in a stack
 //   auto chunk = row.load(i);                      // i < matrix.chunks(); values() values
 //   chunk.decode(eighth, w);                       // float w[8]: the 8 values from 8 * eighth on
+//   auto eight = LOAD(Eight<T>, x + 8 * i);        // eight.get(k), k = 0 .. 7: values as float
 //
 // T: type of scales, biases and dense weights. BITS: 2, 3, 4, 5, 6, 8, or 0 for dense weights,
 // whose scales and biases are any arrays. GROUP: a multiple of 32. in: a multiple of GROUP, of 8
@@ -13,6 +14,20 @@
 template <typename T>
 struct alignas(16) Eight {
   T value[8];
+
+  HELPER float get(int k) {
+    return float(value[k]);
+  }
+};
+
+template <>
+struct alignas(16) Eight<bfloat> {
+  uint pair[4];
+
+  // the upper half of a float each
+  HELPER float get(int k) {
+    return as_type<float>(k % 2 ? pair[k / 2] & 0xffff0000u : pair[k / 2] << 16);
+  }
 };
 
 template <typename T, int BITS>
@@ -22,6 +37,7 @@ struct Chunk {
   uint word[words];
   float scale;
   float bias;
+  uint one;  // 1.0f
 
   template <typename D>
   HELPER void load(D data) {
@@ -64,7 +80,7 @@ struct Chunk {
       }
       uint mask = ((1u << BITS) - 1u) << (low + within);
       float times = scale * float(1 << (width - within));
-      out[i] = metal::fma(times, as_type<float>((moved & mask) | 0x3f800000u), bias - times);
+      out[i] = metal::fma(times, as_type<float>((moved & mask) | one), bias - times);
     }
   }
 };
@@ -78,7 +94,7 @@ struct Chunk<T, 0> {
   HELPER void decode(int, P out) {
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
-      out[i] = float(dense.value[i]);
+      out[i] = dense.get(i);
     }
   }
 };
@@ -95,11 +111,11 @@ struct Weights {
     return in / Chunk<T, BITS>::values;
   }
 
-  HELPER Weights row(ulong index) {
+  HELPER Weights row(uint index) {
     Weights moved = *this;
-    moved.data = data + index * ulong(in / 32 * BITS);
-    moved.scales = scales + index * ulong(in / GROUP);
-    moved.biases = biases + index * ulong(in / GROUP);
+    moved.data = data + ulong(index) * uint(in / 32 * BITS);
+    moved.scales = scales + ulong(index) * uint(in / GROUP);
+    moved.biases = biases + ulong(index) * uint(in / GROUP);
     return moved;
   }
 
@@ -108,6 +124,8 @@ struct Weights {
     chunk.load(data + i * Chunk<T, BITS>::words);
     chunk.scale = float(scales[i * Chunk<T, BITS>::values / GROUP]);
     chunk.bias = float(biases[i * Chunk<T, BITS>::values / GROUP]);
+    // unknown to the compiler, which makes one instruction of `and` and `or` with one constant only
+    chunk.one = 0x3f800000u | (uint(in) >> 31);
     return chunk;
   }
 };
@@ -123,9 +141,9 @@ struct Weights<T, 0, GROUP, D, S> {
     return in / 8;
   }
 
-  HELPER Weights row(ulong index) {
+  HELPER Weights row(uint index) {
     Weights moved = *this;
-    moved.data = data + index * ulong(in);
+    moved.data = data + ulong(index) * uint(in);
     return moved;
   }
 
