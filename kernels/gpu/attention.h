@@ -1,11 +1,21 @@
 // COUNT neighbouring values as float, with as few loads as their size allows:
 // Values<T, sizeof(T), COUNT>::load(from, to). `from` is a multiple of the size of all of them.
 
-// the two values of 2 bytes in a word, the one at the lower address first
+// the two values of 2 bytes in a word; those of bfloat are floats without their lower half
+template <typename T>
+struct Pair {
+  HELPER static float first(uint word) { return float(as_type<T>(ushort(word))); }
+  HELPER static float second(uint word) { return float(as_type<T>(ushort(word >> 16))); }
+};
+template <>
+struct Pair<bfloat> {
+  HELPER static float first(uint word) { return as_type<float>(word << 16); }
+  HELPER static float second(uint word) { return as_type<float>(word & 0xffff0000u); }
+};
 template <typename T, typename F>
 HELPER void unpack(uint word, F to) {
-  to[0] = float(as_type<T>(ushort(word)));
-  to[1] = float(as_type<T>(ushort(word >> 16)));
+  to[0] = Pair<T>::first(word);
+  to[1] = Pair<T>::second(word);
 }
 
 template <typename T, int SIZE, int COUNT>

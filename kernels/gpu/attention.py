@@ -1,6 +1,6 @@
 """Attention of a tree's rows on a GPU: keys split into fixed blocks of positions, then merged.
 
-A row adds its keys by absolute position: runs of POSITIONS / 8, blocks of POSITIONS, the blocks in
+A row adds its keys by absolute position: runs of 32, blocks of POSITIONS, the blocks in
 order. So its bits depend neither on the other rows, nor on where its keys lie in memory, nor on how
 the work is cut into threadgroups.
 """
@@ -16,10 +16,10 @@ from specdec.kernels.gpu.kernel import Launch, MetalKernel
 from specdec.kernels.gpu.limits import MAX_ROWS, Unsupported
 from specdec.kernels.linear import Piece
 
-POSITIONS = 256  # of a block; the kernels count on it
+POSITIONS = 128  # of a block; the kernels count on it
 MAX_DIM = 256
 MAX_GROUP = 16
-ENOUGH = 128  # threadgroups keep a large GPU busy; beyond, heads rather share what is read
+ENOUGH = 256  # threadgroups keep a large GPU busy; beyond, heads rather share what is read
 FLOATS = (mx.float32, mx.float16, mx.bfloat16)
 
 INPUTS = MetalKernel(
@@ -33,8 +33,8 @@ INPUTS = MetalKernel(
         "k_weight",
         "q_eps",
         "k_eps",
-        "cosines",
-        "sines",
+        "turn_cos",
+        "turn_sin",
     ),
     outputs=("queries", "keys", "values"),
     template=("T", "DIM"),
@@ -195,7 +195,7 @@ def heads_together(group: int, others: int) -> int:
 # Every layer of a verify pass asks for the same layout, and the one before is soon forgotten.
 @lru_cache(maxsize=2)
 def _on_device(layout: AttentionLayout) -> tuple[mx.array, int]:
-    """int32 [rows, *]: each row's position, the committed length, its path; and blocks to launch."""
+    """int32 [rows, *]: each row's position, the committed length, its path; blocks to launch."""
     paths, length = layout.tree.paths, layout.length
     # 8 columns at least, so that it never lies in Metal's constant space: one kernel for all
     table = np.full((len(paths), max(8, 2 + paths.shape[1])), -1, np.int32)
@@ -225,5 +225,6 @@ def _check(
         )
     if heads % kv_heads or heads // kv_heads > MAX_GROUP:
         raise Unsupported(
-            f"kernel {kernel}: {heads} heads of {kv_heads} keys, expected groups of 1 to {MAX_GROUP}"
+            f"kernel {kernel}: {heads} heads, {kv_heads} of keys, "
+            f"expected groups of 1 to {MAX_GROUP}"
         )

@@ -1,4 +1,4 @@
-// Attention of one row to one block of 256 positions, for G heads that share keys and values: what
+// Attention of one row to one block of 128 positions, for G heads that share keys and values: what
 // each block contributes, not yet divided. A simdgroup takes 32 positions; a lane has four of their
 // keys by quarters for the scores, and DIM / 32 dimensions of all of them for the values.
 // queries T [heads, rows, DIM]; keys, values T [kv_heads, capacity, DIM]; scale float [1];
@@ -6,12 +6,13 @@
 // -> parts float [heads, rows, blocks, DIM]: at 32 * i + lane the sum of dimension lane * DIM / 32 + i;
 //    totals float [heads, rows, blocks, 2]: the largest score and the sum of the weights
 // Blocks behind the row's position are left as they are.
-// grid (256 * blocks, heads / G, rows), threadgroup (256, 1, 1)
+// grid (128 * blocks, heads / G, rows), threadgroup (128, 1, 1)
 constexpr uint PER = DIM / 32;
 SHARED(float4, query, G * DIM / 4);
-SHARED(float, spread, 2 * 8 * DIM);
-SHARED(float, peaks, 8 * G);
-SHARED(float, sums, 8 * G);
+SHARED(float, spread, 2 * 4 * DIM);
+SHARED(float, peaks, 4 * G);
+SHARED(float, sums, 4 * G);
+SHARED(float, factors, 4 * G);
 const uint lane = thread_index_in_simdgroup;
 const uint run = simdgroup_index_in_threadgroup;
 const uint me = thread_index_in_threadgroup;
@@ -22,9 +23,9 @@ const uint row = threadgroup_position_in_grid.z;
 const uint rows = queries_shape[1];
 auto mine = tree + row * tree_shape[1];
 const uint last = mine[0], length = mine[1];
-if (256 * block > last) return;  // the whole threadgroup
+if (128 * block > last) return;  // the whole threadgroup
 
-for (uint i = me; i < G * DIM / 4; i += 256) {
+for (uint i = me; i < G * DIM / 4; i += 128) {
   const uint g = i / (DIM / 4);
   float four[4];
   Values<T, sizeof(T), 4>::load(queries + ((head + g) * rows + row) * DIM + i % (DIM / 4) * 4, four);
@@ -35,109 +36,107 @@ for (uint i = me; i < G * DIM / 4; i += 256) {
 }
 threadgroup_barrier(mem_flags::mem_threadgroup);
 
-const uint first = 256 * block + 32 * run;
-const bool active = first <= last;
-float weights[G], out[G * PER];
-for (uint i = 0; i < G * PER; ++i) out[i] = 0.0f;
-if (active) {
-  const uint quarter = lane % 4, eighth = lane / 4;
-  const uint kv_head = head / (queries_shape[0] / keys_shape[0]);
-  const ulong start = ulong(kv_head) * keys_shape[1] * DIM;
-
-  // keys first + 8 * k + eighth; behind the row's own key it is read again, and weighs nothing
-  uint places[4];
+// Behind the row's own key it is read again, and weighs nothing: no branch, which would part the
+// loads from each other. A run without any key has -INF for its largest score, and 0 for all else.
+const uint first = 128 * block + 32 * run;
+const uint quarter = lane % 4, eighth = lane / 4;
+const uint kv_head = head / (queries_shape[0] / keys_shape[0]);
+const ulong start = ulong(kv_head) * keys_shape[1] * DIM;
+uint places[4];  // of keys first + 8 * k + eighth
+for (uint k = 0; k < 4; ++k) {
+  const uint position = metal::min(first + 8 * k + eighth, last);
+  places[k] = position < length ? position : length + uint(mine[2 + position - length]);
+}
+float scores[4 * G];
+for (uint i = 0; i < 4 * G; ++i) scores[i] = 0.0f;
+auto from = keys + start + 8 * quarter;
+#pragma unroll 4
+for (uint c = 0; c < PER; ++c) {
+  float key[32];
   for (uint k = 0; k < 4; ++k) {
-    const uint position = metal::min(first + 8 * k + eighth, last);
-    places[k] = position < length ? position : length + uint(mine[2 + position - length]);
+    Values<T, sizeof(T), 8>::load(from + places[k] * DIM + 32 * c, key + 8 * k);
   }
-  float scores[4 * G];
-  for (uint i = 0; i < 4 * G; ++i) scores[i] = 0.0f;
-  auto from = keys + start + 8 * quarter;
-  #pragma unroll 2
-  for (uint c = 0; c < PER; ++c) {
-    float key[32];
-    for (uint k = 0; k < 4; ++k) {
-      Values<T, sizeof(T), 8>::load(from + places[k] * DIM + 32 * c, key + 8 * k);
-    }
-    for (uint g = 0; g < G; ++g) {
-      const uint at = (g * DIM + 32 * c + 8 * quarter) / 4;
-      const float4 a = query[at], b = query[at + 1];
-      for (uint k = 0; k < 4; ++k) {
-        float score = scores[4 * g + k];
-        score = metal::fma(a.x, key[8 * k], score);
-        score = metal::fma(a.y, key[8 * k + 1], score);
-        score = metal::fma(a.z, key[8 * k + 2], score);
-        score = metal::fma(a.w, key[8 * k + 3], score);
-        score = metal::fma(b.x, key[8 * k + 4], score);
-        score = metal::fma(b.y, key[8 * k + 5], score);
-        score = metal::fma(b.z, key[8 * k + 6], score);
-        scores[4 * g + k] = metal::fma(b.w, key[8 * k + 7], score);
-      }
-    }
-  }
-
-  // The quarters of a score are added so that a lane has that of one key: 8 * quarter + eighth.
-  const bool odd = quarter % 2 == 1, high = quarter >= 2;
-  const bool seen = first + 8 * quarter + eighth <= last;
   for (uint g = 0; g < G; ++g) {
-    const float s0 = scores[4 * g], s1 = scores[4 * g + 1];
-    const float s2 = scores[4 * g + 2], s3 = scores[4 * g + 3];
-    const float low_pair = (odd ? s1 : s0) + simd_shuffle_xor(odd ? s0 : s1, 1);
-    const float high_pair = (odd ? s3 : s2) + simd_shuffle_xor(odd ? s2 : s3, 1);
-    const float other = simd_shuffle_xor(high ? low_pair : high_pair, 2);
-    const float score = (high ? high_pair : low_pair) + other;
-    const float peak = simd_max(seen ? score : -INF);
-    weights[g] = seen ? metal::exp(score - peak) : 0.0f;
-    const float sum = simd_sum(weights[g]);
-    if (lane == 0) {
-      peaks[run * G + g] = peak;
-      sums[run * G + g] = sum;
+    const uint at = (g * DIM + 32 * c + 8 * quarter) / 4;
+    const float4 a = query[at], b = query[at + 1];
+    for (uint k = 0; k < 4; ++k) {
+      float score = scores[4 * g + k];
+      score = metal::fma(a.x, key[8 * k], score);
+      score = metal::fma(a.y, key[8 * k + 1], score);
+      score = metal::fma(a.z, key[8 * k + 2], score);
+      score = metal::fma(a.w, key[8 * k + 3], score);
+      score = metal::fma(b.x, key[8 * k + 4], score);
+      score = metal::fma(b.y, key[8 * k + 5], score);
+      score = metal::fma(b.z, key[8 * k + 6], score);
+      scores[4 * g + k] = metal::fma(b.w, key[8 * k + 7], score);
     }
   }
+}
 
-  const uint place = high ? (odd ? places[3] : places[2]) : (odd ? places[1] : places[0]);
-  auto dims = values + start + lane * PER;
-  #pragma unroll 8
-  for (uint j = 0; j < 32; ++j) {
-    const uint holder = j % 8 * 4 + j / 8;
-    float value[PER];
-    Values<T, sizeof(T), PER>::load(dims + simd_shuffle(place, holder) * DIM, value);
-    for (uint g = 0; g < G; ++g) {
-      const float weight = simd_shuffle(weights[g], holder);
-      for (uint i = 0; i < PER; ++i) {
-        out[g * PER + i] = metal::fma(weight, value[i], out[g * PER + i]);
-      }
+// The quarters of a score are added so that a lane has that of one key: 8 * quarter + eighth.
+const bool odd = quarter % 2 == 1, high = quarter >= 2;
+const bool seen = first + 8 * quarter + eighth <= last;
+float weights[G];
+for (uint g = 0; g < G; ++g) {
+  const float s0 = scores[4 * g], s1 = scores[4 * g + 1];
+  const float s2 = scores[4 * g + 2], s3 = scores[4 * g + 3];
+  const float low_pair = (odd ? s1 : s0) + simd_shuffle_xor(odd ? s0 : s1, 1);
+  const float high_pair = (odd ? s3 : s2) + simd_shuffle_xor(odd ? s2 : s3, 1);
+  const float other = simd_shuffle_xor(high ? low_pair : high_pair, 2);
+  const float score = (high ? high_pair : low_pair) + other;
+  const float peak = simd_max(seen ? score : -INF);
+  weights[g] = seen ? metal::exp(score - peak) : 0.0f;
+  const float sum = simd_sum(weights[g]);
+  if (lane == 0) {
+    peaks[run * G + g] = peak;
+    sums[run * G + g] = sum;
+  }
+}
+
+const uint place = high ? (odd ? places[3] : places[2]) : (odd ? places[1] : places[0]);
+auto dims = values + start + lane * PER;
+float out[G * PER];
+for (uint i = 0; i < G * PER; ++i) out[i] = 0.0f;
+#pragma unroll 16
+for (uint j = 0; j < 32; ++j) {
+  const uint holder = j % 8 * 4 + j / 8;
+  float value[PER];
+  Values<T, sizeof(T), PER>::load(dims + simd_shuffle(place, holder) * DIM, value);
+  for (uint g = 0; g < G; ++g) {
+    const float weight = simd_shuffle(weights[g], holder);
+    for (uint i = 0; i < PER; ++i) {
+      out[g * PER + i] = metal::fma(weight, value[i], out[g * PER + i]);
     }
   }
 }
 threadgroup_barrier(mem_flags::mem_threadgroup);
 
-// The runs in order, rescaled to the largest score of the block. Two halves of `spread` take turns,
-// so one barrier a head is enough.
-const uint runs = metal::min((last - 256 * block) / 32 + 1, 8u);
+// The runs are rescaled to the largest score of the block, a simdgroup for each head...
+for (uint g = run; g < G; g += 4) {
+  const float reached = lane < 4 ? peaks[lane * G + g] : -INF;
+  const float peak = simd_max(reached);
+  const float factor = lane < 4 ? metal::exp(reached - peak) : 0.0f;
+  const float sum = simd_sum(lane < 4 ? sums[lane * G + g] * factor : 0.0f);
+  if (lane < 4) factors[lane * G + g] = factor;
+  if (lane == 0) {
+    const uint to = 2 * (((head + g) * rows + row) * blocks + block);
+    totals[to] = peak;
+    totals[to + 1] = sum;
+  }
+}
+threadgroup_barrier(mem_flags::mem_threadgroup);
+
+// ... and added in order. Two halves of `spread` take turns: one barrier a head is enough.
 #pragma unroll
 for (uint g = 0; g < G; ++g) {
-  float peak = peaks[g];
-  for (uint s = 1; s < runs; ++s) peak = metal::max(peak, peaks[s * G + g]);
-  auto half_spread = spread + g % 2 * (8 * DIM);
-  if (active) {
-    const float factor = metal::exp(peaks[run * G + g] - peak);
-    for (uint i = 0; i < PER; ++i) {
-      half_spread[run * DIM + 32 * i + lane] = out[g * PER + i] * factor;
-    }
-    if (lane == 0) sums[run * G + g] = sums[run * G + g] * factor;
+  auto all = spread + g % 2 * (4 * DIM);
+  for (uint i = 0; i < PER; ++i) {
+    all[run * DIM + 32 * i + lane] = out[g * PER + i] * factors[run * G + g];
   }
   threadgroup_barrier(mem_flags::mem_threadgroup);
-  const uint to = ((head + g) * rows + row) * blocks + block;
-  if (me < DIM) {
-    float total = half_spread[me];
-    for (uint s = 1; s < runs; ++s) total = total + half_spread[s * DIM + me];
-    parts[to * DIM + me] = total;
-  }
-  if (me == 0) {
-    float total = sums[g];
-    for (uint s = 1; s < runs; ++s) total = total + sums[s * G + g];
-    totals[2 * to] = peak;
-    totals[2 * to + 1] = total;
+  for (uint i = me; i < DIM; i += 128) {
+    float sum = all[i];
+    for (uint s = 1; s < 4; ++s) sum = sum + all[s * DIM + i];
+    parts[(((head + g) * rows + row) * blocks + block) * DIM + i] = sum;
   }
 }

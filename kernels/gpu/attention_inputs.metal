@@ -2,7 +2,7 @@
 // and row.
 // q_rows, k_rows, v_rows T [rows, *], where int32 [6]: the first column of queries, keys, values, the
 // distance of two query heads in columns, heads, kv_heads; q_weight, k_weight T [DIM], q_eps, k_eps
-// float [1], cosines, sines float [rows, half]
+// float [1], turn_cos, turn_sin float [rows, half]
 // -> queries T [heads, rows, DIM], keys, values T [kv_heads, rows, DIM]
 // grid (32, heads + 2 * kv_heads, rows), threadgroup (32, 1, 1)
 constexpr uint PER = DIM / 32;
@@ -23,7 +23,7 @@ if (head >= heads + kv_heads) {
                     : k_rows + ulong(row) * k_rows_shape[1] + where[1] + h * DIM;
   auto weight = query ? q_weight : k_weight;
   auto to = query ? queries + (h * rows + row) * DIM : keys + (h * rows + row) * DIM;
-  const uint half_turned = cosines_shape[1];
+  const uint half_turned = turn_cos_shape[1];
 
   // the other one of each pair is read again, not fetched from the lane that has it: pairs may be
   // any distance apart
@@ -42,8 +42,8 @@ if (head >= heads + kv_heads) {
     float result = own[j] * float(weight[i]) * scale;
     if (i < 2 * half_turned) {
       const uint angle = row * half_turned + (i < half_turned ? i : i - half_turned);
-      const float turned = other[j] * scale * float(sines[angle]);
-      result = metal::fma(result, float(cosines[angle]), i < half_turned ? -turned : turned);
+      const float turned = other[j] * scale * float(turn_sin[angle]);
+      result = metal::fma(result, float(turn_cos[angle]), i < half_turned ? -turned : turned);
     }
     to[i] = T(result);
   }

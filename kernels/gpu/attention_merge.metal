@@ -9,13 +9,13 @@ const uint lane = thread_index_in_simdgroup;
 const uint me = thread_index_in_threadgroup;
 const uint head = threadgroup_position_in_grid.x;
 const uint row = threadgroup_position_in_grid.y;
-const uint used = uint(tree[row * tree_shape[1]]) / 256 + 1;
+const uint used = uint(tree[row * tree_shape[1]]) / 128 + 1;
 const uint first = (head * parts_shape[1] + row) * parts_shape[2];
 float peak = -INF;
 for (uint b = lane; b < used; b += 32) peak = metal::max(peak, totals[2 * (first + b)]);
 peak = simd_max(peak);
 float value = 0.0f, total = 0.0f;
-#pragma unroll 4
+#pragma unroll 8
 for (uint b = first; b < first + used; ++b) {
   const float weight = metal::exp(totals[2 * b] - peak);
   value = metal::fma(weight, parts[b * DIM + me], value);
