@@ -87,6 +87,18 @@ class Problem:
             return gpu.linear(self.x[rows], self.weight, self.norm, residual)
 
 
+@pytest.fixture
+def side_by_side(monkeypatch):
+    """Sets how many features a simdgroup computes, for the rest of a test."""
+
+    def choose(features):
+        monkeypatch.setattr(gpu, "_features", lambda outs, rows: features)
+        gpu._linear.cache_clear()
+
+    yield choose
+    gpu._linear.cache_clear()
+
+
 @needs_shim
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_linear_is_the_product_with_the_decoded_matrix(case):
@@ -120,17 +132,23 @@ def test_the_reference_agrees():
 @needs_shim
 @pytest.mark.parametrize("sanitize", ["memory", "races"])
 @pytest.mark.parametrize("case", [CASES[4], CASES[2], CASES[11]], ids=str)
-def test_no_access_out_of_bounds_and_no_race(case, sanitize):
+def test_no_access_out_of_bounds_and_no_race(case, sanitize, side_by_side):
+    """Of 5 features, by 4."""
     problem = Problem(*case)
-    assert same_bits(bits_of(problem.run(sanitize=sanitize)), bits_of(problem.run()))
+    expected = bits_of(problem.run())
+    side_by_side(4)
+    assert same_bits(bits_of(problem.run(sanitize=sanitize)), expected)
 
 
 @needs_shim
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_a_row_has_the_same_bits_in_any_company(case):
-    """Alone, among others, in another order: variants for 1, 2, 4 .. rows give the same bits."""
+    """Alone, among others, in another order: variants for 1, 2, 4 .. rows give the same bits.
+
+    In float32, for another order of addition seldom shows after rounding to 16 bits.
+    """
     bits, group, _, size, out, norm, residual = case
-    problem = Problem(bits, group, 20, size, out, norm, residual, mx.bfloat16)
+    problem = Problem(bits, group, 20, size, out, norm, residual)
     together = bits_of(problem.run())
     rng = np.random.default_rng(1)
     for count in (1, 2, 3, 7, 11) if case in (CASES[4], CASES[-1]) else (1, 7):
@@ -140,16 +158,12 @@ def test_a_row_has_the_same_bits_in_any_company(case):
 
 @needs_shim
 @pytest.mark.parametrize("bits", [0, 4])
-def test_features_computed_side_by_side_have_the_same_bits(bits, monkeypatch):
-    problem = Problem(bits, 32, 3, 320, 13, True, False)
-    found = []
-    for each in (1, 2, 4):
-        monkeypatch.setattr(gpu, "_features", lambda outs, rows, each=each: each)
-        gpu._linear.cache_clear()
-        found.append(bits_of(problem.run()))
-    gpu._linear.cache_clear()
-    assert same_bits(found[0], found[1])
-    assert same_bits(found[0], found[2])
+def test_features_computed_side_by_side_have_the_same_bits(bits, side_by_side):
+    problem = Problem(bits, 32, 13, 320, 13, True, False)
+    expected = bits_of(problem.run())
+    for features in (2, 4):
+        side_by_side(features)
+        assert same_bits(bits_of(problem.run()), expected)
 
 
 def test_small_matrices_have_fewer_features_in_a_simdgroup():
@@ -227,8 +241,14 @@ def test_the_texts_keep_the_rules(kernel):
 def test_the_text_compiles_for_cuda_without_spills(bits, rows, tmp_path):
     dtype = mx.bfloat16
     template: Template = {
-        **{"T": dtype, "BITS": bits, "GROUP": 64, "ROWS": rows, "OUTS": 4, "SIMDGROUPS": 2},
-        **{"NORM": rows == 1, "RESIDUAL": rows > 1},
+        "T": dtype,
+        "BITS": bits,
+        "GROUP": 64,
+        "ROWS": rows,
+        "OUTS": 4,
+        "SIMDGROUPS": 2,
+        "NORM": rows == 1,
+        "RESIDUAL": rows > 1,
     }
     arrays = [dtype, mx.uint32 if bits else dtype, dtype, dtype, dtype, mx.float32, dtype]
     source, target = tmp_path / "linear.cu", tmp_path / "linear.cubin"
