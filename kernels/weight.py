@@ -62,19 +62,17 @@ class Weight:
         return self._each(backend.place)
 
     @cached_property
-    def bytes_on_cpu(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """The arrays as kernels/cpu reads them, without a copy, each a stack of matrices.
+    def table(self) -> np.ndarray:
+        """int64 [8], what kernels/cpu reads of a weight: the addresses of its data, scales and
+        biases; bits (32 for float32), group size, input and output features; bytes of a row.
 
-        Packed data as bytes; a dense weight has scales and biases of no groups.
+        Its arrays lie row by row, a stack matrix by matrix, and live as long as the weight.
         """
-        data, scales, biases = self.arrays
-        if not self.quantized:
-            scales = biases = np.zeros((*data.shape[:-1], 0), np.float32)
-        else:
-            data = data.view(np.uint8)
-        stacked = (a if a.ndim == 3 else a[None] for a in (data, scales, biases))
-        data, scales, biases = stacked
-        return data, scales, biases
+        assert all(a.flags.c_contiguous for a in self.arrays if a is not None)
+        places = [0 if a is None else a.ctypes.data for a in self.arrays]
+        bits = self.bits or 8 * self.data.itemsize
+        sizes = self.group_size, self.in_features, self.out_features, self.data.strides[-2]
+        return np.array([*places, bits, *sizes], np.int64)
 
     def same_format(self, other: "Weight") -> bool:
         """Whether the two could be one matrix: equal bits, group size, inputs and dtype."""

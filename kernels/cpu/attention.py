@@ -1,19 +1,45 @@
-"""Attention of rows over keys given by their places in the key buffer.
+"""Attention of rows over committed keys and their own ancestors, and its inputs.
 
-A row adds its keys one by one in the order of their positions, so neither the other rows nor the
-places of the keys change a bit. A prompt is a tree without branches.
+A row's scores are dot products (dots.py), and it adds values one by one in the order of positions,
+so neither the other rows nor the places of the keys change a bit. A prompt is a tree without
+branches.
 """
-
-import math
 
 import numpy as np
 
-from specdec.kernels.attention import AttentionLayout
-from specdec.kernels.cpu.dots import STEP, store_1x1, store_1x4
-from specdec.kernels.cpu.jit import jit
-from specdec.kernels.cpu.norm import sigmoid_gate
+from specdec.kernels.attention import AttentionLayout, AttentionShape
+from specdec.kernels.cpu.decode import address
+from specdec.kernels.cpu.dots import STEP
+from specdec.kernels.cpu.exp import exp, sigmoid
+from specdec.kernels.cpu.jit import inlined, jit
+from specdec.kernels.cpu.norm import normalize
+from specdec.kernels.cpu.products import MOST, multiply
 from specdec.kernels.layout import TreeLayout
 from specdec.kernels.linear import Piece
+
+_NO_GATES = np.zeros((0, 0), np.float32)
+
+
+def attention_inputs(
+    queries: Piece,
+    keys: Piece,
+    values: Piece,
+    shape: AttentionShape,
+    cos: np.ndarray,
+    sin: np.ndarray,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Queries [heads, rows, dim] and keys [kv_heads, rows, dim], normalized and rotated; values."""
+    rows, dim = len(cos), shape.dim
+    q = np.empty((shape.heads, rows, dim), np.float32)
+    k, v = (np.empty((shape.kv_heads, rows, dim), np.float32) for _ in range(2))
+    weights = shape.q_norm.weight, shape.k_norm.weight
+    apart = 2 * dim if shape.gated else dim
+    arrays = queries.rows, keys.rows, values.rows
+    starts = queries.start, keys.start, values.start
+    _inputs(
+        *arrays, *starts, apart, *weights, shape.q_norm.eps, shape.k_norm.eps, cos, sin, q, k, v
+    )
+    return q, k, v
 
 
 def tree_attention(
@@ -32,21 +58,12 @@ def tree_attention(
     assert all(buffer.flags.c_contiguous for buffer in (keys, values))
     heads, rows, dim = queries.shape
     out = np.empty((rows, heads * dim), np.float32)
-    tree = layout.tree
-    _attend(
-        np.ascontiguousarray(queries),
-        keys,
-        values,
-        layout.length,
-        tree.paths,
-        tree.depths,
-        np.float32(scale),
-        out,
-    )
-    if gate is None:
-        return out
-    gates = gate.values.reshape(rows, heads, 2 * dim)[..., dim:]
-    return sigmoid_gate(out, gates.reshape(rows, heads * dim))
+    tree, length = layout.tree, layout.length
+    gates, column = (_NO_GATES, 0) if gate is None else (gate.rows, gate.start)
+    first, last = np.zeros(rows, np.int64), np.full(rows, length)
+    whole = np.ascontiguousarray(queries), keys, values, first, last
+    attend(*whole, length, tree.paths, tree.depths, np.float32(scale), gates, column, out)
+    return out
 
 
 def prefill_attention(
@@ -63,60 +80,114 @@ def prefill_attention(
 
 
 @jit
-def _attend(queries, keys, values, length, paths, depths, scale, out):  # type: ignore[no-untyped-def]
-    heads, rows, dim = queries.shape
-    group = heads // keys.shape[0]
-    places = np.arange(length + paths.shape[1])
-    scores = np.empty((len(places), 1), np.float32)
-    total = np.empty(dim, np.float32)
-    for row in range(rows):
-        for depth in range(depths[row] + 1):
-            places[length + depth] = length + paths[row, depth]
-        seen = places[: length + depths[row] + 1]
-        for head in range(heads):
-            kv = head // group
-            attend_row(
-                queries[head, row : row + 1], keys[kv], values[kv], seen, scale, scores, total
-            )
+def _inputs(  # type: ignore[no-untyped-def]
+    queries,
+    keys,
+    values,
+    q_start,
+    k_start,
+    v_start,
+    apart,
+    q_norm,
+    k_norm,
+    q_eps,
+    k_eps,
+    cos,
+    sin,
+    q,
+    k,
+    v,
+):
+    dim = q.shape[2]
+    for row in range(q.shape[1]):
+        for head in range(q.shape[0]):
+            at = q_start + head * apart
+            normalize(queries[row, at : at + dim], q_norm, q_eps, q[head, row])
+            _rotate(q[head, row], cos[row], sin[row])
+        for head in range(k.shape[0]):
+            at = k_start + head * dim
+            normalize(keys[row, at : at + dim], k_norm, k_eps, k[head, row])
+            _rotate(k[head, row], cos[row], sin[row])
+            at = v_start + head * dim
             for i in range(dim):
-                out[row, head * dim + i] = total[i]
+                v[head, row, i] = values[row, at + i]
+
+
+@inlined
+def _rotate(x, cos, sin):  # type: ignore[no-untyped-def]
+    half = len(cos)
+    for i in range(half):
+        first, second = x[i], x[half + i]
+        x[i] = first * cos[i] - second * sin[i]
+        x[half + i] = second * cos[i] + first * sin[i]
 
 
 @jit
-def attend_row(query, keys, values, places, scale, scores, total):  # type: ignore[no-untyped-def]
-    """One query [1, dim] over the keys at `places`, in this order, into `total`; scores is room."""
-    dim, seen = query.shape[1], len(places)
-    position = 0
-    if dim % STEP == 0:
-        while position + 4 <= seen:
-            store_1x4(query, keys, places, position, scores, 0)
-            position += 4
-        while position < seen:
-            store_1x1(query, keys, places, position, scores, 0)
-            position += 1
-    else:
-        for at in range(seen):
-            scores[at, 0] = _dot(query[0], keys[places[at]])
-    peak = np.float32(-np.inf)
-    for at in range(seen):
-        scores[at, 0] *= scale
-        peak = max(peak, scores[at, 0])
-    sum_of_weights = np.float32(0)
-    for i in range(dim):
-        total[i] = 0
-    for at in range(seen):
-        weight = np.float32(math.exp(scores[at, 0] - peak))
-        sum_of_weights += weight
-        value = values[places[at]]
-        for i in range(dim):
-            total[i] += weight * value[i]
-    for i in range(dim):
-        total[i] /= sum_of_weights
+def attend(  # type: ignore[no-untyped-def]
+    queries, keys, values, first, last, own, paths, depths, scale, gates, column, out
+):
+    """Each row over the places first to last - 1, then over own + paths[row, : depths[row] + 1].
 
-
-@jit
-def _dot(a, b):  # type: ignore[no-untyped-def]
-    total = np.float32(0)
-    for i in range(len(a)):
-        total += a[i] * b[i]
-    return total
+    Paths ascend and hold no row above the row itself. gates: for each head `dim` columns from
+    `column` on that are not looked at, then its gates; or no rows.
+    """
+    heads, rows, dim = queries.shape
+    kv_heads = keys.shape[0]
+    group = heads // kv_heads
+    padded = (dim + STEP - 1) // STEP * STEP
+    tile = max(1, MOST // group)  # rows whose queries are one block of products
+    width = min(rows, tile) * group
+    scaled = np.zeros((width, padded), np.float32)
+    sources = np.arange(width)
+    places = own + rows if paths.shape[1] else 0
+    for row in range(rows):
+        places = max(places, last[row])
+    scores = np.empty((width, places), np.float32)
+    total = np.empty(dim, np.float32)
+    for kv in range(kv_heads):
+        for start in range(0, rows, tile):
+            stop = min(start + tile, rows)
+            for row in range(start, stop):
+                for h in range(group):
+                    query, to = queries[kv * group + h, row], scaled[(row - start) * group + h]
+                    for i in range(dim):
+                        to[i] = query[i] * scale
+            seen = own + stop if paths.shape[1] else places
+            data = address(keys[kv])
+            w = np.array([data, 0, 0, 32, 0, dim, seen, dim * 4])
+            multiply(w, 0, scaled, sources, 0, (stop - start) * group, scores, 0)
+            for row in range(start, stop):
+                for h in range(group):
+                    head = kv * group + h
+                    weights = scores[(row - start) * group + h]
+                    count = last[row] - first[row]
+                    path = paths[row, : depths[row] + 1]
+                    for d in range(len(path)):
+                        weights[last[row] + d] = weights[own + path[d]]
+                    weights = weights[first[row] : last[row] + len(path)]
+                    peak = np.float32(-np.inf)
+                    for at in range(len(weights)):
+                        peak = max(peak, weights[at])
+                    sum_of_weights = np.float32(0)
+                    for at in range(len(weights)):
+                        weights[at] = exp(weights[at] - peak)
+                        sum_of_weights += weights[at]
+                    for i in range(dim):
+                        total[i] = 0
+                    for at in range(count):
+                        value, weight = values[kv, first[row] + at], weights[at]
+                        for i in range(dim):
+                            total[i] += weight * value[i]
+                    for d in range(len(path)):
+                        value, weight = values[kv, own + path[d]], weights[count + d]
+                        for i in range(dim):
+                            total[i] += weight * value[i]
+                    share = 1 / sum_of_weights
+                    to = out[row, head * dim : (head + 1) * dim]
+                    if len(gates) > 0:
+                        at = column + (2 * head + 1) * dim
+                        for i in range(dim):
+                            to[i] = total[i] * share * sigmoid(gates[row, at + i])
+                    else:
+                        for i in range(dim):
+                            to[i] = total[i] * share

@@ -6,8 +6,9 @@ threads wait for each other.
 
 import numpy as np
 
-from specdec.kernels.cpu.attention import attend_row
-from specdec.kernels.cpu.jit import jit
+from specdec.kernels.cpu.attention import attend
+
+_NO_GATES = np.zeros((0, 0), np.float32)
 
 
 def block_attention(
@@ -19,26 +20,11 @@ def block_attention(
     scale: float,
 ) -> np.ndarray:
     """As kernels.block_attention; fast where keys and values are whole buffers."""
+    heads, rows, dim = queries.shape
     queries = np.ascontiguousarray(queries)
     keys, values = np.ascontiguousarray(keys), np.ascontiguousarray(values)
-    out = np.empty_like(queries)
-    _attend(queries, keys, values, first, last, np.float32(scale), out)
-    return out
-
-
-@jit
-def _attend(queries, keys, values, first, last, scale, out):  # type: ignore[no-untyped-def]
-    heads, rows, dim = queries.shape
-    group = heads // keys.shape[0]
-    places = np.arange(keys.shape[1])
-    scores = np.empty((len(places), 1), np.float32)
-    total = np.empty(dim, np.float32)
-    for head in range(heads):
-        kv = head // group
-        for row in range(rows):
-            seen = places[first[row] : last[row]]
-            attend_row(
-                queries[head, row : row + 1], keys[kv], values[kv], seen, scale, scores, total
-            )
-            for i in range(dim):
-                out[head, row, i] = total[i]
+    out = np.empty((rows, heads * dim), np.float32)
+    paths, depths = np.zeros((rows, 0), np.int32), np.full(rows, -1, np.int32)
+    whole = queries, keys, values, first, last
+    attend(*whole, 0, paths, depths, np.float32(scale), _NO_GATES, 0, out)
+    return out.reshape(rows, heads, dim).swapaxes(0, 1)

@@ -30,11 +30,19 @@ def jit(function: Callable[..., Any]) -> Callable[..., Any]:
         return _compiled(function, cache=False)
 
 
-def _compiled(function: Callable[..., Any], cache: bool) -> Callable[..., Any]:
+def inlined(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A part of kernels that is compiled as if it stood in them, and never by itself."""
+    return _compiled(function, cache=False, inline="always")
+
+
+def _compiled(
+    function: Callable[..., Any], cache: bool, inline: str = "never"
+) -> Callable[..., Any]:
     # Numba keeps a kernel under its name and looks for changes in its own file only; a kernel is
     # made of the others too, of the dot products above all.
     function.__qualname__ += f"_{_SOURCES}"
-    return njit(function, cache=cache, fastmath=FAST, nogil=True, error_model="numpy")
+    options = {"fastmath": FAST, "nogil": True, "error_model": "numpy", "inline": inline}
+    return njit(function, cache=cache, **options)
 
 
 class _Announcement(event.Listener):

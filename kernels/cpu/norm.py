@@ -4,7 +4,8 @@ import math
 
 import numpy as np
 
-from specdec.kernels.cpu.jit import jit
+from specdec.kernels.cpu.exp import sigmoid, silu
+from specdec.kernels.cpu.jit import inlined, jit
 
 
 def rms_norm(x: np.ndarray, weight: np.ndarray | None, eps: float) -> np.ndarray:
@@ -36,30 +37,33 @@ def sigmoid_gate(x: np.ndarray, gate: np.ndarray) -> np.ndarray:
     return out
 
 
+@inlined
+def normalize(x, weight, eps, out):  # type: ignore[no-untyped-def]
+    """One row: x / sqrt(mean(x^2) + eps) * weight into out."""
+    total = np.float32(0)
+    for i in range(len(x)):
+        total += x[i] * x[i]
+    scale = np.float32(1 / math.sqrt(total / len(x) + eps))
+    for i in range(len(x)):
+        out[i] = x[i] * scale * weight[i]
+
+
+@jit
+def _rms_norm(x, weight, eps, out):  # type: ignore[no-untyped-def]
+    for row in range(x.shape[0]):
+        normalize(x[row], weight, eps, out[row])
+
+
 @jit
 def _sigmoid_gate(x, gate, out):  # type: ignore[no-untyped-def]
     wide = gate.shape[1] > 1
     for row in range(x.shape[0]):
         for i in range(x.shape[1]):
-            value = gate[row, i if wide else 0]
-            out[row, i] = x[row, i] / (np.float32(1) + math.exp(-value))
-
-
-@jit
-def _rms_norm(x, weight, eps, out):  # type: ignore[no-untyped-def]
-    size = x.shape[1]
-    for row in range(x.shape[0]):
-        total = np.float32(0)
-        for i in range(size):
-            total += x[row, i] * x[row, i]
-        scale = np.float32(1 / math.sqrt(total / size + eps))
-        for i in range(size):
-            out[row, i] = x[row, i] * scale * weight[i]
+            out[row, i] = x[row, i] * sigmoid(gate[row, i if wide else 0])
 
 
 @jit
 def _swiglu(gate, up, out):  # type: ignore[no-untyped-def]
     for row in range(gate.shape[0]):
         for i in range(gate.shape[1]):
-            value = gate[row, i]
-            out[row, i] = value / (np.float32(1) + math.exp(-value)) * up[row, i]
+            out[row, i] = silu(gate[row, i]) * up[row, i]
