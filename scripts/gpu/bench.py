@@ -1,0 +1,110 @@
+"""Speed of the GPU kernels: each by itself, a whole model of real geometry, the demo pair.
+
+    python -m scripts.gpu.bench kernels model demo --out figures.json
+    python -m scripts.gpu.bench model --layers 8 --folder /tmp/model
+    python -m scripts.gpu.bench --small kernels model demo      # to try it out, on any machine
+    python -m scripts.gpu.bench --small --shim kernels model    # with the kernels' text, on a CPU
+
+Each part runs in a process of its own, prints its table and its bars, and hides nothing of the
+others when it fails. `model` writes its random checkpoint to --folder (19.5 GB) if it is not there.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from scripts.gpu.chip import about
+from scripts.gpu.geometry import REAL, TINY, write_model
+
+PARTS = ("kernels", "model", "demo")
+ROWS = [1, 2, 4, 7, 8, 16, 32]
+BUDGETS = [1, 2, 4, 6, 8, 12, 16, 24]
+
+
+def run_part(part: str, args: argparse.Namespace) -> dict[str, Any]:
+    """The figures of one part, in this process."""
+    geometry = TINY if args.small else REAL
+    if args.layers:
+        geometry = replace(geometry, num_hidden_layers=args.layers)
+    few = args.small
+    if part == "kernels":
+        from scripts.gpu import bench_kernels
+
+        return bench_kernels.run(geometry, args.rows, 1 if few else args.repeats)
+    if part == "model":
+        from scripts.gpu import bench_model
+
+        folder = args.folder / f"{geometry.hidden_size}x{geometry.num_hidden_layers}"
+        if not (folder / "model.safetensors.index.json").exists():
+            write_model(folder, geometry)
+        tokens, repeats = (4, 2) if few else (args.tokens, args.repeats * 2)
+        return bench_model.run(folder, args.rows, tokens, repeats, args.shim, not args.no_peer)
+    from scripts.gpu import bench_demo
+
+    prompts, count, total = (2, 16, 68) if few else (args.prompts, args.tokens * 2, args.compare)
+    return bench_demo.run([1, 4] if few else args.budgets, prompts, count, total, args.shim)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("parts", nargs="*", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--out", type=Path, help="write all figures as JSON")
+    parser.add_argument(
+        "--folder", type=Path, default=Path(tempfile.gettempdir()) / "specdec-bench"
+    )
+    parser.add_argument("--layers", type=int, help="of the model")
+    parser.add_argument("--rows", type=int, nargs="+", default=ROWS)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--tokens", type=int, default=64, help="decoded a measurement")
+    parser.add_argument("--no-peer", action="store_true", help="without mlx-lm")
+    parser.add_argument("--budgets", type=int, nargs="+", default=BUDGETS)
+    parser.add_argument("--prompts", type=int, default=8, help="of the demo's sweep")
+    parser.add_argument("--compare", type=int, default=10200, help="tokens held to be equal")
+    parser.add_argument("--small", action="store_true", help="tiny sizes and counts")
+    parser.add_argument("--shim", action="store_true", help="run the kernels' text on the CPU")
+    parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.child:
+        shim: Any = nullcontext()
+        if args.shim:
+            from tests.metal.run import through_shim
+
+            shim = through_shim()
+        with shim:
+            figures = run_part(args.parts[0], args)
+        args.child.write_text(json.dumps(figures))
+        return
+    document: dict[str, Any] = {"about": about()}
+    options = [word for word in sys.argv[1:] if word not in PARTS]
+    failed = False
+    with tempfile.TemporaryDirectory() as scratch:
+        for part in args.parts:
+            print(f"\n== {part}", flush=True)
+            file = Path(scratch) / f"{part}.json"
+            # more operations a batch: the host may then run ahead of what is timed
+            ahead = {"MLX_MAX_OPS_PER_BUFFER": "1000"} if part == "kernels" else {}
+            command = [sys.executable, "-m", "scripts.gpu.bench", part, *options]
+            done = subprocess.run(
+                [*command, "--child", str(file)],
+                env={"PYTHONUNBUFFERED": "1", **os.environ, **ahead},
+            )
+            if done.returncode or not file.exists():
+                print(f"FAILED {part}: ended with {done.returncode}")
+                failed = True
+            else:
+                document[part] = json.loads(file.read_text())
+            if args.out:
+                args.out.write_text(json.dumps(document, indent=1))
+    print(about())
+    sys.exit(failed)
+
+
+if __name__ == "__main__":
+    main()
