@@ -257,6 +257,17 @@ def test_a_row_with_nan_spoils_no_other():
     np.testing.assert_array_equal(found[[0, 1, 3, 4]], clean[[0, 1, 3, 4]])
 
 
+def test_positions_without_a_key_weigh_exactly_nothing():
+    """The row's own key is what stands in for them: here it has no weight and a huge value."""
+    case = Case(ROOT, 1, 1, 1, 32)
+    case.queries = mx.ones((1, 1, 32))
+    keys, values = np.array(case.keys), np.array(case.values)
+    keys[0, :2] = [[40.0], [-40.0]]
+    values[0, 1] = 1e30
+    case.keys, case.values = mx.array(keys), mx.array(values)
+    np.testing.assert_array_equal(exact(case.run())[0], values[0, 0])
+
+
 def test_large_scores_do_not_overflow():
     case = Case(TREE, 200, 2, 1, 64)
     case.queries = case.queries * 300
