@@ -42,27 +42,6 @@ HELPER float delta_seen(int tap, Window window, Conv conv, X x, uint channels, u
   return at < TAPS - 1 ? float(conv[at * channels]) : float(x[(at - (TAPS - 1)) * stride]);
 }
 
-template <bool SINGLE, int TAPS, typename Window, typename Conv, typename X, typename Weight>
-HELPER float delta_convolved(Window window, Conv conv, X x, Weight weight, uint channels, uint stride) {
-  float sum = 0.0f;
-#pragma unroll
-  for (int tap = 0; tap < TAPS; ++tap) {
-    float seen = delta_seen<SINGLE, TAPS>(tap, window, conv, x, channels, stride);
-    sum = metal::fma(seen, float(weight[tap * channels]), sum);
-  }
-  return delta_silu(sum);
-}
-
-// What committing needs of one channel before the convolution: of a SINGLE row all rows of the next
-// window but its last, else the row itself.
-template <typename R, bool SINGLE, int TAPS, typename Record, typename Window, typename Conv, typename X>
-HELPER void delta_keep(Record record, Window window, Conv conv, X x, uint channels, uint stride) {
-  for (int tap = SINGLE ? 1 : TAPS - 1; tap < TAPS; ++tap) {
-    float seen = delta_seen<SINGLE, TAPS>(tap, window, conv, x, channels, stride);
-    record[(SINGLE ? tap - 1 : 0) * channels] = R(seen);
-  }
-}
-
 // 2 * HALF values become HALF: each lane keeps one half, those whose index has the bit DISTANCE the
 // upper one, and adds what the lane at that distance had of it. A lone value is added up.
 template <int HALF, int DISTANCE, typename Values>

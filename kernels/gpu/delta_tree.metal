@@ -1,7 +1,7 @@
 // The mixer of a gated delta layer over a tree, one threadgroup of VALUE_DIM / VALUES simdgroups
-// per value head. Rows are staged CHUNK at a time in the order of `program`: convolution, norms,
-// gates; then the recurrence, each simdgroup with VALUES rows of the state in registers; then the
-// output norm. A row's operations are the same in every tree and at every place in it.
+// per value head. Rows are taken CHUNK at a time in the order of `program`: convolution and gates,
+// the norms of queries and keys, the recurrence, each simdgroup with VALUES rows of the state in
+// registers, and the output norm. A row's operations are the same in every tree and at every place in it.
 //
 // qkv, z, b, a T [rows, ...]: pieces that begin at columns program[0..3], of `channels` (queries, keys,
 // values), heads * VALUE_DIM, heads and heads columns. conv_weight T [TAPS, channels]; a_log, dt_bias
@@ -14,16 +14,21 @@
 // record R = T [TAPS - 1, channels] and states float [heads, VALUE_DIM, KEY_DIM]; else the tape,
 // record R = float [rows, delta [heads, VALUE_DIM] + keys [key heads, KEY_DIM] + decay [heads] +
 // channels before the convolution], and room for states float [slots, heads, VALUE_DIM, KEY_DIM].
+constexpr int SIMDGROUPS = VALUE_DIM / VALUES;
 constexpr int EACH = (KEY_DIM + 31) / 32;
-constexpr int PADDED = 32 * EACH;
-constexpr int CHUNK = SINGLE ? 1 : (2 * PADDED + 2 * VALUE_DIM + 3) * 4 * 8 <= 32768 ? 8 : 4;
-SHARED(float, queries, CHUNK * PADDED);
-SHARED(float, keys, CHUNK * PADDED);
-SHARED(float, values, CHUNK * VALUE_DIM);
-SHARED(float, gates, CHUNK * VALUE_DIM);
-SHARED(float, scalars, CHUNK * 3);
+constexpr int CHUNK = SINGLE ? 1 : 8;
+// Of a row in threadgroup memory, in blocks of 32: query, key, values (later y), output gates.
+constexpr int KEYS = 32 * EACH;
+constexpr int VALUES_AT = 2 * KEYS;
+constexpr int GATES_AT = VALUES_AT + (VALUE_DIM + 31) / 32 * 32;
+constexpr int ROW = 2 * GATES_AT - VALUES_AT;
+SHARED(float, staged, CHUNK * ROW);
+SHARED(float, decays, CHUNK);
+SHARED(float, betas, CHUNK);
+SHARED(float, products, CHUNK);
+SHARED(int, marks, CHUNK * 4);
 uint lane = thread_index_in_simdgroup;
-uint simdgroup = simdgroup_index_in_threadgroup;
+int simdgroup = simdgroup_index_in_threadgroup;
 uint head = threadgroup_position_in_grid.x;
 uint heads = threadgroups_per_grid.x;
 uint key_columns = heads / REPEATS * KEY_DIM;
@@ -35,93 +40,124 @@ uint state_at = head * head_size + simdgroup * VALUES * KEY_DIM;
 
 float s[VALUES * EACH];
 delta_load<VALUES, KEY_DIM>(s, state + state_at, lane);
-auto x = qkv + program[0];
 uint stride = qkv_shape[1];
 int steps = SINGLE ? 1 : program[4];
 
 for (int first = 0; first < steps; first += CHUNK) {
-  int count = metal::min(CHUNK, steps - first);
-  for (int item = simdgroup; item < 2 * count; item += VALUE_DIM / VALUES) {
-    int i = item / 2;
-    auto step = program + 5 + (first + i) * (4 + TAPS);
-    auto window = step + 4;
-    uint row = SINGLE ? 0 : step[0];
-    auto kept = record + (SINGLE ? 0 : (row + 1) * record_width - channels);
-    if (item % 2 == 0) {
-      float query_squares = 0.0f;
-      float key_squares = 0.0f;
-      float products = 0.0f;
-#pragma unroll 1
-      for (uint k = lane; k < PADDED; k += 32) {
-        float query = 0.0f;
-        float key = 0.0f;
-        if (k < KEY_DIM) {
-          uint at = head / REPEATS * KEY_DIM + k;
-          query = delta_convolved<SINGLE, TAPS>(window, conv + at, x + at, conv_weight + at, channels, stride);
-          if (head % REPEATS == 0) {
-            delta_keep<R, SINGLE, TAPS>(kept + at, window, conv + at, x + at, channels, stride);
-          }
-          at += key_columns;
-          key = delta_convolved<SINGLE, TAPS>(window, conv + at, x + at, conv_weight + at, channels, stride);
-          if (head % REPEATS == 0) {
-            delta_keep<R, SINGLE, TAPS>(kept + at, window, conv + at, x + at, channels, stride);
-          }
-        }
-        queries[i * PADDED + k] = query;
-        keys[i * PADDED + k] = key;
-        query_squares = metal::fma(query, query, query_squares);
-        key_squares = metal::fma(key, key, key_squares);
-        products = metal::fma(query, key, products);
+  int count = SINGLE ? 1 : metal::min(CHUNK, steps - first);
+  auto chunk = program + 5 + first * (4 + TAPS);
+  for (int block = simdgroup; block < ROW / 32; block += SIMDGROUPS) {
+    if (block < GATES_AT / 32) {
+      bool key = block < VALUES_AT / 32;
+      int within = 32 * (key ? block % EACH : block - VALUES_AT / 32) + lane;
+      bool inside = within < (key ? KEY_DIM : VALUE_DIM);
+      uint channel = key ? block / EACH * key_columns + head / REPEATS * KEY_DIM + within
+                         : 2 * key_columns + head * VALUE_DIM + within;
+      channel = inside ? channel : 0;
+      auto x = qkv + program[0] + channel;
+      auto before = conv + channel;
+      float weight[TAPS];
+#pragma unroll
+      for (int tap = 0; tap < TAPS; ++tap) {
+        weight[tap] = float(conv_weight[tap * channels + channel]);
       }
-      float key_scale = metal::rsqrt(simd_sum(key_squares) + 1e-6f);
-      float query_scale = metal::rsqrt(simd_sum(query_squares) + 1e-6f) / metal::sqrt(float(KEY_DIM));
-      products = simd_sum(products) * query_scale * key_scale;
-      float step_size = delta_softplus(float(a[row * a_shape[1] + program[3] + head]) + dt_bias[head]);
-      float decay = metal::exp(-metal::exp(a_log[head]) * step_size);
-      if (lane == 0) {
-        scalars[3 * i] = decay;
-        scalars[3 * i + 1] = 1.0f / (1.0f + metal::exp(-float(b[row * b_shape[1] + program[2] + head])));
-        scalars[3 * i + 2] = products;
-        if (!SINGLE) {
-          record[row * record_width + value_columns + key_columns + head] = R(decay);
+#pragma unroll 2
+      for (int i = 0; i < count; ++i) {
+        auto window = chunk + i * (4 + TAPS) + 4;
+        float sum = 0.0f;
+#pragma unroll
+        for (int tap = 0; tap < TAPS; ++tap) {
+          float seen = delta_seen<SINGLE, TAPS>(tap, window, before, x, channels, stride);
+          sum = metal::fma(seen, weight[tap], sum);
         }
+        staged[i * ROW + 32 * block + lane] = inside ? delta_silu(sum) : 0.0f;
       }
-      for (uint k = lane; k < PADDED; k += 32) {
-        float key = keys[i * PADDED + k] * key_scale;
-        queries[i * PADDED + k] = queries[i * PADDED + k] * query_scale;
-        keys[i * PADDED + k] = key;
-        if (!SINGLE && head % REPEATS == 0 && k < KEY_DIM) {
-          record[row * record_width + value_columns + head / REPEATS * KEY_DIM + k] = R(key);
+      // One value head of those that share a key head keeps its columns.
+      if (inside && (!key || head % REPEATS == 0)) {
+        for (int i = 0; i < count; ++i) {
+          auto window = chunk + i * (4 + TAPS) + 4;
+          auto kept = record + (SINGLE ? 0 : (chunk[i * (4 + TAPS)] + 1) * record_width - channels) + channel;
+          for (int tap = SINGLE ? 1 : TAPS - 1; tap < TAPS; ++tap) {
+            float seen = delta_seen<SINGLE, TAPS>(tap, window, before, x, channels, stride);
+            kept[(SINGLE ? tap - 1 : 0) * channels] = R(seen);
+          }
         }
       }
     } else {
-      for (int value = lane; value < VALUE_DIM; value += 32) {
-        uint at = 2 * key_columns + head * VALUE_DIM + value;
-        values[i * VALUE_DIM + value] =
-            delta_convolved<SINGLE, TAPS>(window, conv + at, x + at, conv_weight + at, channels, stride);
-        delta_keep<R, SINGLE, TAPS>(kept + at, window, conv + at, x + at, channels, stride);
+      int value = 32 * block - GATES_AT + lane;
+      bool inside = value < VALUE_DIM;
+      value = inside ? value : 0;
+      float weight = float(norm_weight[value]);
+#pragma unroll 2
+      for (int i = 0; i < count; ++i) {
+        uint row = SINGLE ? 0 : chunk[i * (4 + TAPS)];
         float gate = float(z[row * z_shape[1] + program[1] + head * VALUE_DIM + value]);
-        gates[i * VALUE_DIM + value] = delta_silu(gate) * float(norm_weight[value]);
+        staged[i * ROW + 32 * block + lane] = inside ? delta_silu(gate) * weight : 0.0f;
+      }
+    }
+  }
+  if (simdgroup == SIMDGROUPS - 1 && int(lane) < count) {
+    auto step = chunk + lane * (4 + TAPS);
+    uint row = SINGLE ? 0 : step[0];
+    float change = delta_softplus(float(a[row * a_shape[1] + program[3] + head]) + dt_bias[head]);
+    float decay = metal::exp(-metal::exp(a_log[head]) * change);
+    decays[lane] = decay;
+    betas[lane] = 1.0f / (1.0f + metal::exp(-float(b[row * b_shape[1] + program[2] + head])));
+    if (!SINGLE) {
+      record[row * record_width + value_columns + key_columns + head] = R(decay);
+      for (int i = 0; i < 4; ++i) {
+        marks[4 * lane + i] = step[i];
+      }
+    }
+  }
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+
+  for (int i = simdgroup; i < count; i += SIMDGROUPS) {
+    float query[EACH];
+    float key[EACH];
+    float query_squares = 0.0f;
+    float key_squares = 0.0f;
+    float product = 0.0f;
+#pragma unroll
+    for (int j = 0; j < EACH; ++j) {
+      query[j] = staged[i * ROW + 32 * j + lane];
+      key[j] = staged[i * ROW + KEYS + 32 * j + lane];
+      query_squares = metal::fma(query[j], query[j], query_squares);
+      key_squares = metal::fma(key[j], key[j], key_squares);
+      product = metal::fma(query[j], key[j], product);
+    }
+    float key_scale = metal::rsqrt(simd_sum(key_squares) + 1e-6f);
+    float query_scale = metal::rsqrt(simd_sum(query_squares) + 1e-6f) / metal::sqrt(float(KEY_DIM));
+    product = simd_sum(product) * query_scale * key_scale;
+    if (lane == 0) {
+      products[i] = product;
+    }
+#pragma unroll
+    for (int j = 0; j < EACH; ++j) {
+      uint k = 32 * j + lane;
+      staged[i * ROW + k] = query[j] * query_scale;
+      staged[i * ROW + KEYS + k] = key[j] * key_scale;
+      if (!SINGLE && head % REPEATS == 0 && k < KEY_DIM) {
+        record[marks[4 * i] * record_width + value_columns + head / REPEATS * KEY_DIM + k] = R(key[j] * key_scale);
       }
     }
   }
   threadgroup_barrier(mem_flags::mem_threadgroup);
 
   for (int i = 0; i < count; ++i) {
-    auto step = program + 5 + (first + i) * (4 + TAPS);
-    if (!SINGLE && step[1] >= 0) {
-      delta_load<VALUES, KEY_DIM>(s, states + step[1] * heads * head_size + state_at, lane);
+    if (!SINGLE && marks[4 * i + 1] >= 0) {
+      delta_load<VALUES, KEY_DIM>(s, states + marks[4 * i + 1] * heads * head_size + state_at, lane);
     }
-    float decay = scalars[3 * i];
+    float decay = decays[i];
     float key[EACH];
     float query[EACH];
 #pragma unroll
     for (int j = 0; j < EACH; ++j) {
-      key[j] = keys[i * PADDED + 32 * j + lane];
-      query[j] = queries[i * PADDED + 32 * j + lane];
+      query[j] = staged[i * ROW + 32 * j + lane];
+      key[j] = staged[i * ROW + KEYS + 32 * j + lane];
     }
-    // S' q = (g S) q + delta (k q): so one round of sums gives both delta and y, and a row that
-    // nothing follows leaves the state as it is for its siblings.
+    // S' q = g S q + delta (k q): so one round of sums gives both delta and y, and a row that nothing
+    // follows leaves the state as it is for its siblings.
     float sums[2 * VALUES];
 #pragma unroll
     for (int v = 0; v < VALUES; ++v) {
@@ -129,24 +165,24 @@ for (int first = 0; first < steps; first += CHUNK) {
       sums[v + VALUES] = 0.0f;
 #pragma unroll
       for (int j = 0; j < EACH; ++j) {
-        float decayed = s[v * EACH + j] * decay;
-        sums[v] = metal::fma(decayed, key[j], sums[v]);
-        sums[v + VALUES] = metal::fma(decayed, query[j], sums[v + VALUES]);
+        sums[v] = metal::fma(s[v * EACH + j], key[j], sums[v]);
+        sums[v + VALUES] = metal::fma(s[v * EACH + j], query[j], sums[v + VALUES]);
       }
     }
     // Even lanes have what was read for the key, the odd ones beside them that for the query.
-    float read = delta_sums<2 * VALUES>(sums, lane);
+    float read = decay * delta_sums<2 * VALUES>(sums, lane);
     float asked = simd_shuffle_xor(read, 1);
     float delta = 0.0f;
     if (lane % 2 == 0 && lane < 2 * VALUES) {
       uint value = simdgroup * VALUES + delta_sum_of<2 * VALUES>(lane);
-      delta = scalars[3 * i + 1] * (values[i * VALUE_DIM + value] - read);
-      values[i * VALUE_DIM + value] = metal::fma(delta, scalars[3 * i + 2], asked);
+      uint at = i * ROW + VALUES_AT + value;
+      delta = betas[i] * (staged[at] - read);
+      staged[at] = metal::fma(delta, products[i], asked);
       if (!SINGLE) {
-        record[step[0] * record_width + head * VALUE_DIM + value] = R(delta);
+        record[marks[4 * i] * record_width + head * VALUE_DIM + value] = R(delta);
       }
     }
-    if (SINGLE || step[3] == 0) {
+    if (SINGLE || marks[4 * i + 3] == 0) {
 #pragma unroll
       for (int v = 0; v < VALUES; ++v) {
         float own = simd_shuffle(delta, delta_sum_of<2 * VALUES>(v));
@@ -156,26 +192,25 @@ for (int first = 0; first < steps; first += CHUNK) {
         }
       }
     }
-    if (!SINGLE && step[2] >= 0) {
-      delta_store<VALUES, KEY_DIM>(states + step[2] * heads * head_size + state_at, s, lane);
+    if (SINGLE || marks[4 * i + 2] >= 0) {
+      uint slot = SINGLE ? 0 : marks[4 * i + 2];
+      delta_store<VALUES, KEY_DIM>(states + slot * heads * head_size + state_at, s, lane);
     }
   }
   threadgroup_barrier(mem_flags::mem_threadgroup);
 
-  for (int i = simdgroup; i < count; i += VALUE_DIM / VALUES) {
-    uint row = SINGLE ? 0 : program[5 + (first + i) * (4 + TAPS)];
+  for (int i = simdgroup; i < count; i += SIMDGROUPS) {
+    uint row = SINGLE ? 0 : marks[4 * i];
     float squares = 0.0f;
     for (int value = lane; value < VALUE_DIM; value += 32) {
-      squares = metal::fma(values[i * VALUE_DIM + value], values[i * VALUE_DIM + value], squares);
+      float found = staged[i * ROW + VALUES_AT + value];
+      squares = metal::fma(found, found, squares);
     }
     float scale = metal::rsqrt(simd_sum(squares) / float(VALUE_DIM) + eps[0]);
     for (int value = lane; value < VALUE_DIM; value += 32) {
-      float gated = values[i * VALUE_DIM + value] * scale * gates[i * VALUE_DIM + value];
+      float gated = staged[i * ROW + VALUES_AT + value] * scale * staged[i * ROW + GATES_AT + value];
       y[row * value_columns + head * VALUE_DIM + value] = T(gated);
     }
   }
   threadgroup_barrier(mem_flags::mem_threadgroup);
-}
-if (SINGLE) {
-  delta_store<VALUES, KEY_DIM>(states + state_at, s, lane);
 }
