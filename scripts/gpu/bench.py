@@ -76,6 +76,8 @@ def main() -> None:
         if args.shim:
             from tests.metal.run import through_shim
 
+            os.environ["SPECDEC_KERNELS"] = "reference"  # on MLX arrays
+
             shim = through_shim()
         with shim:
             figures = run_part(args.parts[0], args)
