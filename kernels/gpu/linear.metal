@@ -26,7 +26,7 @@ if (first < outs) {
   for (int r = 0; r < ROWS; r += SHARE) {
     float y = simd_sums<SHARE * OUTS>(sums + r * OUTS, lane);
     float square = NORM ? simd_sums<SHARE>(squares + r, lane) : 0.0f;
-    float scale = NORM ? metal::rsqrt(square / float(in) + eps[0]) : 1.0f;
+    float scale = NORM ? metal::rsqrt(metal::fma(square, 1.0f / float(in), eps[0])) : 1.0f;
     int index = sum_of_lane<SHARE * OUTS>(lane);
     int row = r + index / OUTS;
     int feature = first + index % OUTS;
