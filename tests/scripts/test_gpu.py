@@ -1,0 +1,70 @@
+"""The scripts for GPU machines run anywhere at tiny sizes: what they need stays as it is."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from scripts.gpu.geometry import REAL, TINY, config_of, write_model
+from specdec.target.config import TargetConfig
+from tests.backends import REFERENCE
+from tests.targets import logits_of, opened
+
+ROOT = Path(__file__).parents[2]
+
+
+def script(name, *options):
+    return subprocess.run(
+        [sys.executable, "-m", f"scripts.gpu.{name}", *options],
+        cwd=ROOT,
+        env={**os.environ, "SPECDEC_KERNELS": "reference"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_the_real_geometry_is_one_that_the_engine_knows():
+    config = TargetConfig.from_dict(config_of(REAL), "config.json")
+    assert (config.hidden_size, config.num_layers, config.num_experts) == (2048, 40, 256)
+    assert config.full_layers == tuple(range(3, 40, 4))
+    assert config.gdn is not None
+    assert config.gdn.conv_channels == 8192
+
+
+def test_a_random_checkpoint_decodes_as_in_mlx_lm(tmp_path):
+    load_model = pytest.importorskip("mlx_lm.utils").load_model
+    mx = pytest.importorskip("mlx.core")
+    folder = write_model(tmp_path / "model", TINY)
+    tokens = [1, 5, 9, 200, 639]
+    with opened(folder, REFERENCE) as target:
+        ours = logits_of(target.prefill(tokens, True))
+    model, _ = load_model(folder)
+    model.set_dtype(mx.float32)
+    theirs = model(mx.array(tokens)[None])[0]
+    assert 0.5 < ours.std() < 10
+    assert abs(ours - theirs).max() < 2e-3
+
+
+def test_the_check_finds_the_reference_right(tmp_path):
+    out = tmp_path / "findings.json"
+    done = script("check", "--plain", "--only", "route", "replay", "--out", str(out))
+    assert done.returncode == 0, done.stdout + done.stderr
+    findings = json.loads(out.read_text())["findings"]
+    assert {f["op"] for f in findings} == {"route", "replay"}
+    assert all(f["ok"] for f in findings)
+
+
+def test_the_benchmark_runs(tmp_path):
+    pytest.importorskip("mlx_lm")
+    out = tmp_path / "figures.json"
+    options = ["--rows", "1", "3", "--folder", str(tmp_path), "--out", str(out)]
+    done = script("bench", "--small", "model", *options)
+    assert done.returncode == 0, done.stdout + done.stderr
+    figures = json.loads(out.read_text())["model"]
+    assert figures["decode"]["tokens_per_second"] > 0
+    assert figures["mlx_lm"]["tokens_per_second"] > 0
+    assert figures["verify"]["3"]["tree"]["mlx_operations"] > 0
