@@ -14,11 +14,9 @@ from dataclasses import dataclass
 import mlx.core as mx
 import numpy as np
 
-from specdec.kernels.array import Array, OnCpu, concatenate, is_numpy
+from specdec.kernels.array import Array, concatenate
 from specdec.kernels.layout import TreeLayout
 from specdec.kernels.norm import rms_norm, silu
-
-cpu = OnCpu("gated_delta")
 
 CHUNK = 16  # tokens the prompt's recurrence handles as one triangular system
 
@@ -27,10 +25,8 @@ CHUNK = 16  # tokens the prompt's recurrence handles as one triangular system
 class Updates:
     """What replaying a path of one layer's recurrence needs.
 
-    rows: float32 arrays, rows first. MLX: delta, keys (for each value head) and decay. NumPy: all
-        inputs of the recurrence, which runs once more.
-    last: the state after the last row where replaying can be saved: the tree is a chain, and (in
-        MLX, which would have to keep every row's state) the root alone.
+    rows: float32 arrays, rows first: delta, keys (for each value head) and decay.
+    last: the state after the last row where replaying can be saved: the tree is the root alone.
     """
 
     rows: tuple[Array, ...]
@@ -43,8 +39,6 @@ def convolve(x: Array, state: Array, windows: np.ndarray, weight: Array) -> Arra
     x [rows, channels]; state [taps - 1, channels], the committed rows before the root; windows
     int32 [rows, taps] from TreeLayout.windows; weight [taps, channels]. Returns [rows, channels].
     """
-    if is_numpy(x):
-        return cpu.convolve(x, state, windows, weight)
     seen = mx.concatenate([state, x], axis=0)[mx.array(windows)]  # [rows, taps, channels]
     return silu((seen * weight).sum(axis=1))
 
@@ -52,9 +46,6 @@ def convolve(x: Array, state: Array, windows: np.ndarray, weight: Array) -> Arra
 def convolve_prompt(x: Array, state: Array, weight: Array) -> Array:
     """`convolve` for consecutive rows: x [rows, channels] directly after the state."""
     taps, rows = weight.shape[0], x.shape[0]
-    if is_numpy(x):
-        windows = np.arange(rows, dtype=np.int32)[:, None] + np.arange(taps, dtype=np.int32)
-        return convolve(x, state, windows, weight)
     seen = mx.concatenate([state, x], axis=0)
     total = seen[:rows] * weight[0]
     for tap in range(1, taps):
@@ -64,8 +55,6 @@ def convolve_prompt(x: Array, state: Array, weight: Array) -> Array:
 
 def normalize_keys(queries: Array, keys: Array) -> tuple[Array, Array]:
     """L2-normalize queries and keys, scale the queries: float32 [rows, key_heads, key_dim]."""
-    if is_numpy(queries):
-        return cpu.normalize_keys(queries, keys)
     dim = queries.shape[-1]
     # rms_norm divides by sqrt(mean(x^2) + eps): with eps / dim this is x * sqrt(dim) / |x|.
     eps = 1e-6 / dim
@@ -79,8 +68,6 @@ def gates(a: Array, b: Array, a_log: Array, dt_bias: Array) -> tuple[Array, Arra
 
     a, b [rows, value_heads]; a_log, dt_bias float32 [value_heads]. Both float32.
     """
-    if is_numpy(a):
-        return cpu.gates(a, b, a_log, dt_bias)
     step = mx.logaddexp(a.astype(mx.float32) + dt_bias, 0.0)
     return -mx.exp(a_log) * step, mx.sigmoid(b.astype(mx.float32))
 
@@ -100,10 +87,6 @@ def recur_tree(
     log_decay, beta float32 [rows, heads]; state float32 [heads, value_dim, key_dim], left as it
     is. Returns y float32 [rows, heads, value_dim].
     """
-    if is_numpy(queries):
-        rows = queries, keys, values, log_decay, beta
-        y, last = cpu.recur(*rows, state, tree.parents)
-        return y, Updates(rows, last if tree.is_chain else None)
     queries, keys = _for_value_heads(queries, keys, values.shape[1])
     decay = mx.exp(log_decay)
     states = state[None]
@@ -140,12 +123,6 @@ def replay_updates(states: list[Array], updates: list[Updates], path: list[int])
         return []
     if updates[0].last is not None and len(path) == updates[0].rows[0].shape[0]:
         return [each.last for each in updates]
-    if is_numpy(states[0]):
-        chain, rows = TreeLayout.chain(len(path)).parents, np.array(path)
-        return [
-            cpu.recur(*each.rows, state, chain, rows)[1]
-            for state, each in zip(states, updates, strict=True)
-        ]
     state = mx.stack(states)  # [layers, heads, value_dim, key_dim]
     delta, keys, decay = (
         mx.stack(list(rows)) for rows in zip(*(each.rows for each in updates), strict=True)
@@ -165,9 +142,6 @@ def recur_prompt(
     after the last row.
     """
     rows = queries.shape[0]
-    if is_numpy(queries):
-        chain = TreeLayout.chain(rows).parents
-        return cpu.recur(queries, keys, values, log_decay, beta, state, chain)
     queries, keys = _for_value_heads(queries, keys, values.shape[1])
     padding = -rows % CHUNK
     # A padded row has beta = 0 and log g = 0: it changes nothing.

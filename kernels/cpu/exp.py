@@ -56,6 +56,18 @@ def exp(typing, x):  # type: ignore[no-untyped-def]
     return types.float32(types.float32), generate
 
 
+@intrinsic
+def fma(typing, a, b, c):  # type: ignore[no-untyped-def]
+    """a * b + c, rounded once."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Sequence[Any]) -> Any:
+        kind = ir.FunctionType(_FLOAT, [_FLOAT] * 3)
+        function = cgutils.get_or_insert_function(builder.module, kind, "llvm.fma.f32")
+        return builder.call(function, args)
+
+    return types.float32(*[types.float32] * 3), generate
+
+
 @inlined
 def sigmoid(x):  # type: ignore[no-untyped-def]
     return _ONE / (_ONE + exp(-x))

@@ -1,148 +1,228 @@
-"""The gated delta rule on NumPy arrays: convolution and recurrence along the rows' own paths.
+"""The mixer of a gated delta layer on NumPy arrays: one compiled call per layer.
 
-A prompt is a tree without branches, and committing a path runs it once more as such a prompt: one
-compiled recurrence serves all three, which is why their states agree to the bit.
+Along every row's path: convolution, then per head
+
+    r = S k;   delta = beta (v - g r);   y = g S q + (k . q) delta;   S <- g S + delta k^T
+
+where only rows with children update a state. The tape holds what the updates of any path are made
+of; replaying runs the same update, so that a committed state has the bits of decoding token by
+token. A prompt is a tree without branches.
 """
 
 import math
 
 import numpy as np
 
+from specdec.kernels.cpu.exp import silu
 from specdec.kernels.cpu.jit import jit
+from specdec.kernels.cpu.norm import normalize
+from specdec.kernels.cpu.recurrence import read, update
+from specdec.kernels.gated_delta import DeltaInputs, DeltaWeights, Tape
+from specdec.kernels.layout import TreeLayout
+
+_NO_STATE = np.zeros((0, 0, 0), np.float32)
 
 
-def convolve(
-    x: np.ndarray, state: np.ndarray, windows: np.ndarray, weight: np.ndarray
-) -> np.ndarray:
-    """Depthwise causal convolution along each row's path, then SiLU, as kernels.gated_delta."""
-    out = np.empty_like(x)
-    _convolve(np.concatenate([state, x]), windows, weight, out)
-    return out
+def mix_tree(
+    inputs: DeltaInputs, weights: DeltaWeights, conv: np.ndarray, state: np.ndarray, tree: TreeLayout
+) -> tuple[np.ndarray, Tape]:
+    """The mixer along every row's path, as kernels.gated_delta."""
+    y, tape = _mix(inputs, weights, conv, state, tree.parents, _NO_STATE)
+    return y, Tape((tape,), None)
 
 
-def normalize_keys(queries: np.ndarray, keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """L2-normalize queries and keys [rows, key_heads, key_dim], scale the queries."""
-    queries, keys = np.ascontiguousarray(queries), np.ascontiguousarray(keys)
-    out = np.empty_like(queries), np.empty_like(keys)
-    _normalize(queries, keys, *out)
-    return out
+def mix_prompt(
+    inputs: DeltaInputs, weights: DeltaWeights, conv: np.ndarray, state: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The mixer over consecutive rows: y, and the convolution rows and state after the last."""
+    rows, before = len(inputs.qkv.rows), conv.shape[0]
+    last = np.empty(state.swapaxes(1, 2).shape, np.float32)
+    parents = TreeLayout.chain(rows).parents
+    y, _ = _mix(inputs, weights, conv, state, parents, last)
+    conv = np.concatenate([conv, inputs.qkv.values[-before:]])[-before:].copy()
+    return y, conv, last.swapaxes(1, 2)
 
 
-def gates(
-    a: np.ndarray, b: np.ndarray, a_log: np.ndarray, dt_bias: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """log g = -exp(A_log) softplus(a + dt_bias), and beta = sigmoid(b)."""
-    log_decay, beta = np.empty(a.shape, np.float32), np.empty(b.shape, np.float32)
-    _gates(np.ascontiguousarray(a), np.ascontiguousarray(b), a_log, dt_bias, log_decay, beta)
-    return log_decay, beta
+def replay(
+    convs: list[np.ndarray], states: list[np.ndarray], tapes: list[Tape], path: list[int]
+) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Every layer's convolution rows and state after the accepted path; one tape per layer."""
+    rows = np.array(path)
+    new_convs, new_states = [], []
+    for conv, state, tape in zip(convs, states, tapes, strict=True):
+        by_key = _by_key(state)
+        new_conv, new_state = np.empty_like(conv), np.empty_like(by_key)
+        _replay(conv, by_key, tape.rows[0], rows, new_conv, new_state)
+        new_convs.append(new_conv)
+        new_states.append(new_state.swapaxes(1, 2))
+    return new_convs, new_states
 
 
-def recur(
-    queries: np.ndarray,
-    keys: np.ndarray,
-    values: np.ndarray,
-    log_decay: np.ndarray,
-    beta: np.ndarray,
+def _mix(
+    inputs: DeltaInputs,
+    weights: DeltaWeights,
+    conv: np.ndarray,
     state: np.ndarray,
     parents: np.ndarray,
-    rows: np.ndarray | None = None,
+    last: np.ndarray,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The recurrence along every row's path from `state`, which is left as it is.
+    """y [rows, heads * value_dim] and the tape's rows; fills `last` where it has a size.
 
-    queries, keys [n, key_heads, key_dim]; values [n, heads, value_dim]; log_decay, beta
-    [n, heads]; state [heads, value_dim, key_dim]; parents int32 [rows], -1 for the root; rows int64
-    [rows]: which of the n these are, None for all.
-    Returns y [rows, heads, value_dim] and the state after the last row.
+    A row of the tape: its projection (channels), keys, deltas [heads, value_dim], decays [heads].
     """
-    rows = np.arange(len(parents)) if rows is None else rows
-    out = np.empty((len(rows), *values.shape[1:]), np.float32)
-    # In memory a state lies by key features: sums over them then run over whole vectors. States
-    # made here keep that layout, behind the usual shape.
-    state = np.ascontiguousarray(state.swapaxes(1, 2))
-    last = np.empty_like(state)
-    values = np.ascontiguousarray(values)
-    _recur(queries, keys, values, log_decay, beta, state, rows, parents, out, last)
-    return out, last.swapaxes(1, 2)
+    rows, channels = len(parents), conv.shape[1]
+    keys, values = weights.key_heads * weights.key_dim, weights.heads * weights.value_dim
+    out = np.empty((rows, values), np.float32)
+    tape = np.empty((rows, channels + keys + values + weights.heads), np.float32)
+    _mix_rows(
+        *(piece.rows for piece in inputs),
+        *(piece.start for piece in inputs),
+        weights.conv,
+        weights.a_log,
+        weights.dt_bias,
+        weights.norm.weight,
+        weights.norm.eps,
+        weights.key_heads,
+        conv,
+        _by_key(state),
+        parents,
+        tape,
+        out,
+        last,
+    )
+    return out, tape
+
+
+def _by_key(state: np.ndarray) -> np.ndarray:
+    """A state as it lies in memory, [heads, key_dim, value_dim]; those made here do."""
+    return np.ascontiguousarray(state.swapaxes(1, 2))
 
 
 @jit
-def _convolve(seen, windows, weight, out):  # type: ignore[no-untyped-def]
-    for row in range(out.shape[0]):
-        for channel in range(out.shape[1]):
-            out[row, channel] = 0
-        for tap in range(windows.shape[1]):
-            source = seen[windows[row, tap]]
-            for channel in range(out.shape[1]):
-                out[row, channel] += source[channel] * weight[tap, channel]
-        for channel in range(out.shape[1]):
-            total = out[row, channel]
-            out[row, channel] = total / (np.float32(1) + math.exp(-total))
-
-
-@jit
-def _normalize(queries, keys, out_queries, out_keys):  # type: ignore[no-untyped-def]
-    rows, heads, dim = queries.shape
-    for row in range(rows):
-        for head in range(heads):
-            query_total = np.float32(0)
-            key_total = np.float32(0)
-            for i in range(dim):
-                query_total += queries[row, head, i] * queries[row, head, i]
-                key_total += keys[row, head, i] * keys[row, head, i]
-            query_scale = np.float32(1 / (math.sqrt(query_total + 1e-6) * math.sqrt(dim)))
-            key_scale = np.float32(1 / math.sqrt(key_total + 1e-6))
-            for i in range(dim):
-                out_queries[row, head, i] = queries[row, head, i] * query_scale
-                out_keys[row, head, i] = keys[row, head, i] * key_scale
-
-
-@jit
-def _gates(a, b, a_log, dt_bias, log_decay, beta):  # type: ignore[no-untyped-def]
-    for row in range(a.shape[0]):
-        for head in range(a.shape[1]):
-            x = a[row, head] + dt_bias[head]
-            # log(1 + exp(x)), without overflow
-            softplus = max(x, np.float32(0)) + math.log1p(math.exp(-abs(x)))
-            log_decay[row, head] = -math.exp(a_log[head]) * softplus
-            beta[row, head] = 1 / (1 + math.exp(-b[row, head]))
-
-
-@jit
-def _recur(queries, keys, values, log_decay, beta, state, inputs, parents, out, last):  # type: ignore[no-untyped-def]
-    rows, heads, value_dim = out.shape
-    key_dim = keys.shape[2]
-    repeats = heads // keys.shape[1]
-    # A parent's state is needed as long as it has children to come: all are kept in a tree, while
-    # a chain of any length needs room for two.
+def _mix_rows(  # type: ignore[no-untyped-def]
+    qkv,
+    z,
+    b,
+    a,
+    qkv_start,
+    z_start,
+    b_start,
+    a_start,
+    weight,
+    a_log,
+    dt_bias,
+    norm,
+    eps,
+    key_heads,
+    conv,
+    state,
+    parents,
+    tape,
+    out,
+    last,
+):
+    rows, channels = len(parents), conv.shape[1]
+    heads, key_dim, value_dim = state.shape
+    keys = key_heads * key_dim
+    taps = weight.shape[0]
+    queries = np.empty((rows, keys), np.float32)
+    values = np.empty((rows, heads * value_dim), np.float32)
+    betas = np.empty((rows, heads), np.float32)
+    mixed = np.empty(channels, np.float32)
+    parent_of_any = np.zeros(rows, np.bool_)
     chain = True
     for row in range(rows):
+        if parents[row] >= 0:
+            parent_of_any[parents[row]] = True
         chain = chain and parents[row] == row - 1
+        # Convolution from the row upwards, then through the committed rows before the root.
+        for i in range(channels):
+            mixed[i] = 0
+        above = np.int64(row)
+        for tap in range(taps - 1, -1, -1):
+            if above >= 0:
+                source = qkv[above, qkv_start : qkv_start + channels]
+                above = np.int64(parents[above])
+            else:
+                source = conv[taps - 1 + above]
+                above -= 1
+            factor = weight[tap]
+            for i in range(channels):
+                mixed[i] += source[i] * factor[i]
+        for i in range(channels):
+            mixed[i] = silu(mixed[i])
+            tape[row, i] = qkv[row, qkv_start + i]
+        for head in range(key_heads):
+            at = head * key_dim
+            _unit(mixed[at : at + key_dim], 1 / math.sqrt(key_dim), queries[row, at : at + key_dim])
+            key = tape[row, channels + at : channels + at + key_dim]
+            _unit(mixed[keys + at : keys + at + key_dim], 1.0, key)
+        for i in range(heads * value_dim):
+            values[row, i] = mixed[2 * keys + i]
+        for head in range(heads):
+            x = a[row, a_start + head] + dt_bias[head]
+            # log(1 + exp(x)), without overflow
+            softplus = max(x, np.float32(0)) + math.log1p(math.exp(-abs(x)))
+            decay = math.exp(-math.exp(a_log[head]) * softplus)
+            tape[row, channels + keys + heads * value_dim + head] = decay
+            betas[row, head] = 1 / (1 + math.exp(-b[row, b_start + head]))
+
     states = np.empty((2 if chain else rows, key_dim, value_dim), np.float32)
-    delta = np.empty(value_dim, np.float32)
-    y = np.empty(value_dim, np.float32)
+    by_key, by_query = np.empty(value_dim, np.float32), np.empty(value_dim, np.float32)
     for head in range(heads):
-        key_head = head // repeats
+        at = head // (heads // key_heads) * key_dim
+        first = head * value_dim
         for row in range(rows):
-            parent, at = parents[row], inputs[row]
-            target = states[row & 1 if chain else row]
+            key, query = tape[row, channels + at : channels + at + key_dim], queries[row, at : at + key_dim]
+            delta = tape[row, channels + keys + first : channels + keys + first + value_dim]
+            decay = tape[row, channels + keys + heads * value_dim + head]
+            beta, value = betas[row, head], values[row, first : first + value_dim]
+            parent = np.int64(parents[row])
             source = state[head] if parent < 0 else states[parent & 1 if chain else parent]
-            fade = math.exp(log_decay[at, head])
+            read(source, key, query, by_key, by_query)
+            product = np.float32(0)
+            for i in range(key_dim):
+                product += key[i] * query[i]
+            y = out[row, first : first + value_dim]
             for v in range(value_dim):
-                delta[v] = 0
-                y[v] = 0
-            for k in range(key_dim):
-                key = keys[at, key_head, k]
-                for v in range(value_dim):
-                    target[k, v] = source[k, v] * fade
-                    delta[v] += target[k, v] * key
+                delta[v] = (value[v] - decay * by_key[v]) * beta
+                y[v] = decay * by_query[v] + product * delta[v]
+            final = len(last) > 0 and row == rows - 1
+            if parent_of_any[row] or final:
+                update(source, decay, key, delta, last[head] if final else states[row & 1 if chain else row])
+            normalize(y, norm, eps, by_query)
             for v in range(value_dim):
-                delta[v] = (values[at, head, v] - delta[v]) * beta[at, head]
-            for k in range(key_dim):
-                key = keys[at, key_head, k]
-                query = queries[at, key_head, k]
-                for v in range(value_dim):
-                    target[k, v] += delta[v] * key
-                    y[v] += target[k, v] * query
-            for v in range(value_dim):
-                out[row, head, v] = y[v]
-        last[head] = states[(rows - 1) & 1 if chain else rows - 1]
+                y[v] = by_query[v] * silu(z[row, z_start + first + v])
+
+
+@jit
+def _unit(x, scale, out):  # type: ignore[no-untyped-def]
+    total = np.float32(0)
+    for i in range(len(x)):
+        total += x[i] * x[i]
+    factor = np.float32(scale / math.sqrt(total + 1e-6))
+    for i in range(len(x)):
+        out[i] = x[i] * factor
+
+
+@jit
+def _replay(conv, state, tape, path, new_conv, new_state):  # type: ignore[no-untyped-def]
+    before, channels = conv.shape
+    heads, key_dim, value_dim = state.shape
+    decays = tape.shape[1] - heads
+    deltas = decays - heads * value_dim
+    repeats = heads // ((deltas - channels) // key_dim)
+    for i in range(before):
+        at = len(path) + i - before  # in the path, or from the end of the rows before it
+        if at >= 0:
+            new_conv[i] = tape[path[at], :channels]
+        else:
+            new_conv[i] = conv[before + at]
+    for head in range(heads):
+        at = channels + head // repeats * key_dim
+        first = deltas + head * value_dim
+        for step in range(len(path)):
+            row = tape[path[step]]
+            source = state[head] if step == 0 else new_state[head]
+            key, delta = row[at : at + key_dim], row[first : first + value_dim]
+            update(source, row[decays + head], key, delta, new_state[head])
