@@ -7,9 +7,11 @@ int row = thread_position_in_grid.x / chunks;
 int i = thread_position_in_grid.x % chunks;
 if (row < ids_shape[0]) {
   auto chunk = matrix.row(ids[row]).load(i);
+#pragma unroll
   for (int e = 0; e < chunk.values / 8; ++e) {
     float w[8];
     chunk.decode(e, w);
+#pragma unroll
     for (int k = 0; k < 8; ++k) {
       out[row * hidden + i * chunk.values + 8 * e + k] = T(w[k]);
     }

@@ -10,10 +10,12 @@ int first = OUTS * (threadgroup_position_in_grid.x * SIMDGROUPS + simdgroup_inde
 if (first < outs) {
   auto matrix = weights<T, BITS, GROUP>(data, scales, biases, in);
   decltype(matrix) features[OUTS];
+#pragma unroll
   for (int o = 0; o < OUTS; ++o) {
     features[o] = matrix.row(metal::min(first + o, outs - 1));
   }
   int inputs[ROWS];
+#pragma unroll
   for (int r = 0; r < ROWS; ++r) {
     inputs[r] = metal::min(r, rows - 1);
   }

@@ -129,7 +129,9 @@ def _check(kernel: str, data: tuple[int, ...], dtype: mx.Dtype, bits: int, group
     if len(data) != 2:
         raise Unsupported(f"kernel {kernel}: weight of {len(data)} dimensions, expected 2")
     if dtype not in FLOATS:
-        raise Unsupported(f"kernel {kernel}: weight of {dtype}, expected float32, 16 or bfloat16")
+        raise Unsupported(
+            f"kernel {kernel}: weight of {dtype}, expected float32, float16, bfloat16"
+        )
     if bits == 0 and data[1] % 8:
         raise Unsupported(f"kernel {kernel}: {data[1]} inputs, expected a multiple of 8")
     if bits and (bits not in PACKED or group_size not in GROUPS):

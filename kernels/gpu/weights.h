@@ -2,7 +2,7 @@
 //
 //   auto matrix = weights<T, BITS, GROUP>(data, scales, biases, in);  // or a stack of matrices
 //   auto row = matrix.row(index);                  // slot * out + feature in a stack
-//   auto chunk = row.load(i);                      // i < matrix.chunks(); values() values
+//   auto chunk = row.load(i);                      // i < matrix.chunks(), chunk.values of a row
 //   chunk.decode(eighth, w);                       // float w[8]: the 8 values from 8 * eighth on
 //   auto eight = LOAD(Eight<T>, x + 8 * i);        // eight.get(k), k = 0 .. 7: values as float
 //
@@ -42,6 +42,7 @@ struct Chunk {
   template <typename D>
   HELPER void load(D data) {
     if (words % 4 == 0) {
+#pragma unroll
       for (int i = 0; i + 3 < words; i += 4) {
         auto four = LOAD(uint4, data + i);
         word[i] = four.x;
@@ -54,6 +55,7 @@ struct Chunk {
       word[0] = two.x;
       word[words - 1] = two.y;
     } else {
+#pragma unroll
       for (int i = 0; i < words; ++i) {
         word[i] = data[i];
       }
