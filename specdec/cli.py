@@ -16,6 +16,7 @@ from specdec.commands.console import tell
 from specdec.commands.doctor import doctor
 from specdec.commands.generate import generate
 from specdec.commands.inspect import inspect
+from specdec.commands.repack import repack
 from specdec.entry import INTERRUPTED
 from specdec.errors import OutputClosedError, SpecdecError
 
@@ -47,5 +48,5 @@ def main() -> None:
     """
 
 
-for _command in (generate, bench, inspect, doctor):
+for _command in (generate, bench, inspect, doctor, repack):
     main.add_command(_command)

@@ -36,6 +36,10 @@ class ExpertReadError(SpecdecError):
     """An expert could not be read from disk: a short read or an I/O error."""
 
 
+class RepackError(SpecdecError):
+    """A repacked folder cannot be written, is unfinished, or is not what its index says."""
+
+
 class NonFiniteError(SpecdecError):
     """NaN or Inf in a forward pass."""
 

@@ -30,6 +30,7 @@ from specdec.target.expert_cache import ExpertCache
 from specdec.target.expert_store import ExpertStore
 from specdec.target.manifest import Manifest
 from specdec.target.model import Target
+from specdec.target.repacked_index import is_repacked
 from specdec.tokenizer import Tokenizer
 
 GB = 1_000_000_000
@@ -135,6 +136,7 @@ def load(
 
 def _open(settings: Settings, stack: ExitStack) -> _Headers:
     target_folder, draft_folder = folders(settings)
+    is_repacked(target_folder)
     target = stack.enter_context(Checkpoint.open(target_folder))
     config = TargetConfig.of(target)
     draft = None
