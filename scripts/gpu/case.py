@@ -67,7 +67,8 @@ def check(case: Case, strict: bool = True) -> Finding:
     most = TOLERANCE[case.dtype] * (1 if strict else 4)
     if not finding.error <= most:
         finding.failure = f"error {finding.error:.1e} over {most:.0e}"
-    for rows, call in case.companies:
+    again = list(range(len(outputs[0]))), case.run  # a race would show
+    for rows, call in (again, *case.companies):
         for whole, part in zip(outputs, _fetch(call()), strict=True):
             same = whole[rows].tobytes() == part.tobytes()
             finding.invariant = same and finding.invariant is not False
