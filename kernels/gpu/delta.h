@@ -34,14 +34,6 @@ HELPER void delta_store(To state, From s, uint lane) {
   }
 }
 
-// A row's window on one channel, oldest first: conv [TAPS - 1, channels] and then x [rows, stride],
-// both from the channel on.
-template <bool SINGLE, int TAPS, typename Window, typename Conv, typename X>
-HELPER float delta_seen(int tap, Window window, Conv conv, X x, uint channels, uint stride) {
-  int at = SINGLE ? tap : window[tap];
-  return at < TAPS - 1 ? float(conv[at * channels]) : float(x[(at - (TAPS - 1)) * stride]);
-}
-
 // 2 * HALF values become HALF: each lane keeps one half, those whose index has the bit DISTANCE the
 // upper one, and adds what the lane at that distance had of it. A lone value is added up.
 template <int HALF, int DISTANCE, typename Values>

@@ -17,6 +17,7 @@
 constexpr int SIMDGROUPS = VALUE_DIM / VALUES;
 constexpr int EACH = (KEY_DIM + 31) / 32;
 constexpr int CHUNK = SINGLE ? 1 : 8;
+constexpr int BATCH = SINGLE ? 1 : TAPS > 4 || EACH > 4 ? 2 : 4;  // more, and registers run out
 // Of a row in threadgroup memory, in blocks of 32: query, key, values (later y), output gates.
 constexpr int KEYS = 32 * EACH;
 constexpr int VALUES_AT = 2 * KEYS;
@@ -61,25 +62,35 @@ for (int first = 0; first < steps; first += CHUNK) {
       for (int tap = 0; tap < TAPS; ++tap) {
         weight[tap] = float(conv_weight[tap * channels + channel]);
       }
-#pragma unroll 2
-      for (int i = 0; i < count; ++i) {
-        auto window = chunk + i * (4 + TAPS) + 4;
-        float sum = 0.0f;
-#pragma unroll
-        for (int tap = 0; tap < TAPS; ++tap) {
-          float seen = delta_seen<SINGLE, TAPS>(tap, window, before, x, channels, stride);
-          sum = metal::fma(seen, weight[tap], sum);
-        }
-        staged[i * ROW + 32 * block + lane] = inside ? delta_silu(sum) : 0.0f;
-      }
       // One value head of those that share a key head keeps its columns.
-      if (inside && (!key || head % REPEATS == 0)) {
-        for (int i = 0; i < count; ++i) {
-          auto window = chunk + i * (4 + TAPS) + 4;
-          auto kept = record + (SINGLE ? 0 : (chunk[i * (4 + TAPS)] + 1) * record_width - channels) + channel;
-          for (int tap = SINGLE ? 1 : TAPS - 1; tap < TAPS; ++tap) {
-            float seen = delta_seen<SINGLE, TAPS>(tap, window, before, x, channels, stride);
-            kept[(SINGLE ? tap - 1 : 0) * channels] = R(seen);
+      bool keeps = inside && (!key || head % REPEATS == 0);
+      for (int i = 0; i < count; i += BATCH) {
+        float seen[BATCH * TAPS];
+        uint rows[BATCH];
+        // all loads, then all stores, so that none waits for another
+#pragma unroll
+        for (int n = 0; n < BATCH; ++n) {
+          auto step = chunk + metal::min(i + n, count - 1) * (4 + TAPS);
+          rows[n] = SINGLE ? 0 : step[0];
+#pragma unroll
+          for (int tap = 0; tap < TAPS; ++tap) {
+            int at = SINGLE ? tap : step[4 + tap];
+            seen[n * TAPS + tap] = float(*(at < TAPS - 1 ? before + at * channels : x + (at - (TAPS - 1)) * stride));
+          }
+        }
+#pragma unroll
+        for (int n = 0; n < BATCH; ++n) {
+          float sum = 0.0f;
+#pragma unroll
+          for (int tap = 0; tap < TAPS; ++tap) {
+            sum = metal::fma(seen[n * TAPS + tap], weight[tap], sum);
+          }
+          if (i + n < count) {
+            staged[(i + n) * ROW + 32 * block + lane] = inside ? delta_silu(sum) : 0.0f;
+            auto kept = record + (SINGLE ? 0 : (rows[n] + 1) * record_width - channels) + channel;
+            for (int tap = SINGLE ? 1 : TAPS - 1; tap < TAPS && keeps; ++tap) {
+              kept[(SINGLE ? tap - 1 : 0) * channels] = R(seen[n * TAPS + tap]);
+            }
           }
         }
       }
@@ -88,7 +99,7 @@ for (int first = 0; first < steps; first += CHUNK) {
       bool inside = value < VALUE_DIM;
       value = inside ? value : 0;
       float weight = float(norm_weight[value]);
-#pragma unroll 2
+#pragma unroll 4
       for (int i = 0; i < count; ++i) {
         uint row = SINGLE ? 0 : chunk[i * (4 + TAPS)];
         float gate = float(z[row * z_shape[1] + program[1] + head * VALUE_DIM + value]);

@@ -67,6 +67,7 @@ def mix_tree(
         slots, program = tree_program(tree, taps, starts)
     launch = _tree_launch(
         qkv.rows.dtype,
+        conv.dtype,
         state.dtype,
         rows,
         slots,
@@ -131,6 +132,7 @@ def replay(
 @cache
 def _tree_launch(
     dtype: mx.Dtype,
+    conv: mx.Dtype,
     state: mx.Dtype,
     rows: int,
     slots: int,
@@ -140,8 +142,11 @@ def _tree_launch(
     value_dim: int,
     taps: int,
 ) -> Launch:
-    if dtype not in FLOATS or state != mx.float32:
-        raise _unsupported(f"rows of {dtype} and states of {state}, expected floats and float32")
+    if dtype not in FLOATS or conv != dtype or state != mx.float32:
+        raise _unsupported(
+            f"rows of {dtype}, convolution rows of {conv} and states of {state}, "
+            "expected twice the same float and float32"
+        )
     if not 1 <= rows <= MAX_ROWS:
         raise _unsupported(f"{rows} rows, expected 1 to {MAX_ROWS}")
     if taps not in TAPS:
@@ -152,7 +157,12 @@ def _tree_launch(
     while value_dim > SIMDGROUPS * values:
         values *= 2
     each = -(-key_dim // 32)
-    if value_dim % max(values, 4) or values > 16 or values * each > STATE or key_dim > 256:
+    if (
+        value_dim % max(values, 4)
+        or values > 16
+        or values * each > STATE
+        or not 4 <= key_dim <= 256
+    ):
         raise _unsupported(
             f"states of {value_dim} x {key_dim}, expected up to 256 x 64, 128 x 128 or 64 x 256, "
             f"the first a multiple of {max(values, 4)}"
