@@ -22,6 +22,59 @@ _FLOAT, _INDEX, _WORD = ir.FloatType(), ir.IntType(64), ir.IntType(32)
 _VECTOR = ir.VectorType(_FLOAT, LANES)
 
 
+class _Emitter:
+    """Vectors in memory, given by addresses."""
+
+    def __init__(self, builder: Any) -> None:
+        self.ir = builder
+        kind = ir.FunctionType(_VECTOR, [_VECTOR] * 3)
+        name = f"llvm.fma.v{LANES}f32"
+        self.fma = cgutils.get_or_insert_function(builder.module, kind, name)
+
+    def place(self, kind: Any, base: Any, block: int = 0) -> Any:
+        there = self.ir.add(base, _INDEX(block * 4 * LANES)) if block else base
+        return self.ir.inttoptr(there, kind.as_pointer())
+
+    def load(self, base: Any, block: int) -> Any:
+        vector = self.ir.load(self.place(_VECTOR, base, block))
+        vector.align = 4
+        return vector
+
+    def store(self, value: Any, base: Any, block: int) -> None:
+        stored = self.ir.store(value, self.place(_VECTOR, base, block))
+        stored.align = 4
+
+    def spread(self, value: Any) -> Any:
+        vector = self.ir.insert_element(ir.Constant(_VECTOR, ir.Undefined), value, _WORD(0))
+        zeros = ir.Constant(ir.VectorType(_WORD, LANES), [0] * LANES)
+        return self.ir.shuffle_vector(vector, ir.Constant(_VECTOR, ir.Undefined), zeros)
+
+    def at(self, base: Any, feature: Any) -> Any:
+        """The float at an index, in every lane."""
+        place = self.ir.add(base, self.ir.mul(feature, _INDEX(4)))
+        return self.spread(self.ir.load(self.place(_FLOAT, place)))
+
+    def loop(self, size: Any, sums: int, body: Callable[..., list[Any]]) -> list[Any]:
+        """`sums` vectors, from zero, over key features: body(feature, sums) gives the next."""
+        b = self.ir
+        before = b.block
+        loop, after = b.append_basic_block("keys"), b.append_basic_block("keys.end")
+        b.branch(loop)
+        b.position_at_end(loop)
+        feature = b.phi(_INDEX)
+        feature.add_incoming(_INDEX(0), before)
+        phis = [b.phi(_VECTOR) for _ in range(sums)]
+        added = body(feature, phis)
+        following = b.add(feature, _INDEX(1))
+        feature.add_incoming(following, loop)
+        for phi, total in zip(phis, added, strict=True):
+            phi.add_incoming(ir.Constant(_VECTOR, [0.0] * LANES), before)
+            phi.add_incoming(total, loop)
+        b.cbranch(b.icmp_signed("<", following, size), loop, after)
+        b.position_at_end(after)
+        return added
+
+
 def _reader(blocks: int) -> Callable[..., None]:
     """The intrinsic for `blocks` vectors of value features."""
 
@@ -32,47 +85,21 @@ def _reader(blocks: int) -> Callable[..., None]:
 
         def generate(context: Any, builder: Any, signature: Any, args: Sequence[Any]) -> Any:
             state, pitch, key, query, size, *outs = args
-            kind = ir.FunctionType(_VECTOR, [_VECTOR] * 3)
-            name = f"llvm.fma.v{LANES}f32"
-            add = cgutils.get_or_insert_function(builder.module, kind, name)
+            emit = _Emitter(builder)
 
-            def place(kind: Any, base: Any, index: int = 0) -> Any:
-                there = builder.add(base, _INDEX(index * 4 * LANES)) if index else base
-                return builder.inttoptr(there, kind.as_pointer())
+            def body(feature: Any, sums: list[Any]) -> list[Any]:
+                factors = [emit.at(key, feature), emit.at(query, feature)]
+                row = builder.add(state, builder.mul(feature, pitch))
+                added: list[Any] = []
+                for block in range(blocks):
+                    values = emit.load(row, block)
+                    for factor in factors:
+                        added.append(builder.call(emit.fma, [values, factor, sums[len(added)]]))
+                return added
 
-            def spread(base: Any, at: Any) -> Any:
-                value = builder.load(place(_FLOAT, builder.add(base, at)))
-                vector = builder.insert_element(ir.Constant(_VECTOR, ir.Undefined), value, _WORD(0))
-                zeros = ir.Constant(ir.VectorType(_WORD, LANES), [0] * LANES)
-                return builder.shuffle_vector(vector, ir.Constant(_VECTOR, ir.Undefined), zeros)
-
-            before = builder.block
-            loop, after = (builder.append_basic_block(name) for name in ("read", "read.end"))
-            builder.branch(loop)
-            builder.position_at_end(loop)
-            feature = builder.phi(_INDEX)
-            feature.add_incoming(_INDEX(0), before)
-            sums = [builder.phi(_VECTOR) for _ in range(2 * blocks)]
-            at = builder.mul(feature, _INDEX(4))
-            factors = [spread(key, at), spread(query, at)]
-            row = builder.add(state, builder.mul(feature, pitch))
-            added = []
-            for block in range(blocks):
-                values = builder.load(place(_VECTOR, row, block))
-                values.align = 4
-                for which, factor in enumerate(factors):
-                    added.append(builder.call(add, [values, factor, sums[2 * block + which]]))
-            following = builder.add(feature, _INDEX(1))
-            feature.add_incoming(following, loop)
-            for phi, total in zip(sums, added, strict=True):
-                phi.add_incoming(ir.Constant(_VECTOR, [0.0] * LANES), before)
-                phi.add_incoming(total, loop)
-            builder.cbranch(builder.icmp_signed("<", following, size), loop, after)
-            builder.position_at_end(after)
-            for block in range(blocks):
-                for which, out in enumerate(outs):
-                    stored = builder.store(added[2 * block + which], place(_VECTOR, out, block))
-                    stored.align = 4
+            totals = emit.loop(size, 2 * blocks, body)
+            for index, total in enumerate(totals):
+                emit.store(total, outs[index % 2], index // 2)
             return context.get_dummy_value()
 
         return types.void(*[types.int64] * 7), generate
@@ -80,7 +107,39 @@ def _reader(blocks: int) -> Callable[..., None]:
     return read
 
 
+def _updater(blocks: int) -> Callable[..., None]:
+    """The intrinsic for `blocks` vectors of value features."""
+
+    @intrinsic
+    def update(typing, source, pitch, decay, key, delta, size, target):  # type: ignore[no-untyped-def]
+        """target = decay S + key delta^T; as `read`."""
+
+        def generate(context: Any, builder: Any, signature: Any, args: Sequence[Any]) -> Any:
+            source, pitch, decay, key, delta, size, target = args
+            emit = _Emitter(builder)
+            fade = emit.spread(decay)
+            deltas = [emit.load(delta, block) for block in range(blocks)]
+
+            def body(feature: Any, sums: list[Any]) -> list[Any]:
+                factor = emit.at(key, feature)
+                skip = builder.mul(feature, pitch)
+                row, to = builder.add(source, skip), builder.add(target, skip)
+                for block in range(blocks):
+                    faded = builder.fmul(emit.load(row, block), fade)
+                    emit.store(builder.call(emit.fma, [deltas[block], factor, faded]), to, block)
+                return []
+
+            emit.loop(size, 0, body)
+            return context.get_dummy_value()
+
+        arguments = [types.int64] * 2 + [types.float32] + [types.int64] * 4
+        return types.void(*arguments), generate
+
+    return update
+
+
 _read1, _read4 = _reader(1), _reader(4)
+_update1, _update4 = _updater(1), _updater(4)
 
 
 @inlined
@@ -106,6 +165,18 @@ def read(state, key, query, by_key, by_query):  # type: ignore[no-untyped-def]
 @inlined
 def update(source, decay, key, delta, target):  # type: ignore[no-untyped-def]
     """target = decay S + key delta^T; both [key_dim, value_dim], they may be the same."""
-    for i in range(source.shape[0]):
-        for v in range(source.shape[1]):
+    size, values = source.shape
+    base, to, pitch = address(source), address(target), source.strides[0]
+    k, d = address(key), address(delta)
+    done = 0
+    while done + 4 * LANES <= values:
+        skip = 4 * done
+        _update4(base + skip, pitch, decay, k, d + skip, size, to + skip)
+        done += 4 * LANES
+    while done + LANES <= values:
+        skip = 4 * done
+        _update1(base + skip, pitch, decay, k, d + skip, size, to + skip)
+        done += LANES
+    for i in range(size):
+        for v in range(done, values):
             target[i, v] = fma(delta[v], key[i], source[i, v] * decay)
