@@ -1,7 +1,7 @@
 // The mixer of a gated delta layer over a tree, one threadgroup of VALUE_DIM / VALUES simdgroups
 // per value head. Rows are taken CHUNK at a time in the order of `program`: convolution and gates,
 // the norms of queries and keys, the recurrence, each simdgroup with VALUES rows of the state in
-// registers, and the output norm. A row's operations are the same in every tree and at every place in it.
+// registers, and the output norm. A row's operations are the same in every tree, wherever it stands.
 //
 // qkv, z, b, a T [rows, ...]: pieces that begin at columns program[0..3], of `channels` (queries, keys,
 // values), heads * VALUE_DIM, heads and heads columns. conv_weight T [TAPS, channels]; a_log, dt_bias
@@ -14,6 +14,9 @@
 // record R = T [TAPS - 1, channels] and states float [heads, VALUE_DIM, KEY_DIM]; else the tape,
 // record R = float [rows, delta [heads, VALUE_DIM] + keys [key heads, KEY_DIM] + decay [heads] +
 // channels before the convolution], and room for states float [slots, heads, VALUE_DIM, KEY_DIM].
+//
+// Slots lie in device memory: the state of a head (64 KB at 128 x 128) is larger than threadgroup
+// memory, and a second one in registers would leave too few for 512 threads. Few trees need one.
 constexpr int SIMDGROUPS = VALUE_DIM / VALUES;
 constexpr int EACH = (KEY_DIM + 31) / 32;
 constexpr int CHUNK = SINGLE ? 1 : 8;
@@ -75,7 +78,8 @@ for (int first = 0; first < steps; first += CHUNK) {
 #pragma unroll
           for (int tap = 0; tap < TAPS; ++tap) {
             int at = SINGLE ? tap : step[4 + tap];
-            seen[n * TAPS + tap] = float(*(at < TAPS - 1 ? before + at * channels : x + (at - (TAPS - 1)) * stride));
+            auto place = at < TAPS - 1 ? before + at * channels : x + (at - (TAPS - 1)) * stride;
+            seen[n * TAPS + tap] = float(*place);
           }
         }
 #pragma unroll
@@ -149,7 +153,8 @@ for (int first = 0; first < steps; first += CHUNK) {
       staged[i * ROW + k] = query[j] * query_scale;
       staged[i * ROW + KEYS + k] = key[j] * key_scale;
       if (!SINGLE && head % REPEATS == 0 && k < KEY_DIM) {
-        record[marks[4 * i] * record_width + value_columns + head / REPEATS * KEY_DIM + k] = R(key[j] * key_scale);
+        uint at = marks[4 * i] * record_width + value_columns + head / REPEATS * KEY_DIM + k;
+        record[at] = R(key[j] * key_scale);
       }
     }
   }
