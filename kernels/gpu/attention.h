@@ -1,5 +1,5 @@
-// COUNT neighbouring values as float, with as few loads as their size allows:
-// Values<T, sizeof(T), COUNT>::load(from, to). `from` is a multiple of the size of all of them.
+// COUNT neighbouring values, loaded with as few loads as their size allows and widened later:
+// Few<T, sizeof(T), COUNT> few; few.load(from); few.widen(to). `from` is a multiple of their size.
 
 // the two values of 2 bytes in a word; those of bfloat are floats without their lower half
 template <typename T>
@@ -19,53 +19,74 @@ HELPER void unpack(uint word, F to) {
 }
 
 template <typename T, int SIZE, int COUNT>
-struct Values {
-  template <typename P, typename F>
-  HELPER static void load(P from, F to) {
-    for (int i = 0; i < COUNT; ++i) to[i] = float(from[i]);
+struct Few {
+  T raw[COUNT];
+  template <typename P>
+  HELPER void load(P from) {
+    for (int i = 0; i < COUNT; ++i) raw[i] = from[i];
+  }
+  template <typename F>
+  HELPER void widen(F to) {
+    for (int i = 0; i < COUNT; ++i) to[i] = float(raw[i]);
   }
 };
 template <typename T>
-struct Values<T, 2, 2> {
-  template <typename P, typename F>
-  HELPER static void load(P from, F to) { unpack<T>(LOAD(uint, from), to); }
+struct Few<T, 2, 2> {
+  uint raw;
+  template <typename P>
+  HELPER void load(P from) { raw = LOAD(uint, from); }
+  template <typename F>
+  HELPER void widen(F to) { unpack<T>(raw, to); }
 };
 template <typename T>
-struct Values<T, 2, 4> {
-  template <typename P, typename F>
-  HELPER static void load(P from, F to) {
-    auto words = LOAD(uint2, from);
-    unpack<T>(words.x, to);
-    unpack<T>(words.y, to + 2);
+struct Few<T, 2, 4> {
+  uint2 raw;
+  template <typename P>
+  HELPER void load(P from) { raw = LOAD(uint2, from); }
+  template <typename F>
+  HELPER void widen(F to) {
+    unpack<T>(raw.x, to);
+    unpack<T>(raw.y, to + 2);
   }
 };
 template <typename T>
-struct Values<T, 2, 8> {
-  template <typename P, typename F>
-  HELPER static void load(P from, F to) {
-    auto words = LOAD(uint4, from);
-    unpack<T>(words.x, to);
-    unpack<T>(words.y, to + 2);
-    unpack<T>(words.z, to + 4);
-    unpack<T>(words.w, to + 6);
+struct Few<T, 2, 8> {
+  uint4 raw;
+  template <typename P>
+  HELPER void load(P from) { raw = LOAD(uint4, from); }
+  template <typename F>
+  HELPER void widen(F to) {
+    unpack<T>(raw.x, to);
+    unpack<T>(raw.y, to + 2);
+    unpack<T>(raw.z, to + 4);
+    unpack<T>(raw.w, to + 6);
   }
 };
 template <typename T>
-struct Values<T, 4, 4> {
-  template <typename P, typename F>
-  HELPER static void load(P from, F to) {
-    auto four = LOAD(float4, from);
-    to[0] = four.x;
-    to[1] = four.y;
-    to[2] = four.z;
-    to[3] = four.w;
+struct Few<T, 4, 4> {
+  float4 raw;
+  template <typename P>
+  HELPER void load(P from) { raw = LOAD(float4, from); }
+  template <typename F>
+  HELPER void widen(F to) {
+    to[0] = raw.x;
+    to[1] = raw.y;
+    to[2] = raw.z;
+    to[3] = raw.w;
   }
 };
 template <typename T>
-struct Values<T, 4, 8> {
-  template <typename P, typename F>
-  HELPER static void load(P from, F to) {
-    Values<T, 4, 4>::load(from, to);
-    Values<T, 4, 4>::load(from + 4, to + 4);
+struct Few<T, 4, 8> {
+  Few<T, 4, 4> low;
+  Few<T, 4, 4> high;
+  template <typename P>
+  HELPER void load(P from) {
+    low.load(from);
+    high.load(from + 4);
+  }
+  template <typename F>
+  HELPER void widen(F to) {
+    low.widen(to);
+    high.widen(to + 4);
   }
 };

@@ -19,7 +19,7 @@ from specdec.kernels.linear import Piece
 POSITIONS = 128  # of a block; the kernels count on it
 MAX_DIM = 256
 MAX_GROUP = 16
-ENOUGH = 256  # threadgroups keep a large GPU busy; beyond, heads rather share what is read
+ENOUGH = 192  # threadgroups keep a large GPU busy; beyond, heads rather share what is read
 FLOATS = (mx.float32, mx.float16, mx.bfloat16)
 
 INPUTS = MetalKernel(
@@ -183,13 +183,11 @@ def _attention(
 def heads_together(group: int, others: int) -> int:
     """How many of the `group` heads that share keys one threadgroup takes; any number is right.
 
-    others: threadgroups there are when it takes all of them. Only powers of two, where they divide
-    the group: each number is compiled by itself.
+    others: threadgroups there are when it takes all of them. One that takes more reads less, but
+    few threadgroups leave a GPU idle. Each number is compiled by itself, so there are few.
     """
-    found = next(n for n in (2, 3, 5, 7, 1) if group % n == 0)
-    while found <= 4 and group % (2 * found) == 0 and others * (group // (2 * found)) >= ENOUGH:
-        found *= 2
-    return found
+    fitting = [n for n in (2, 3, 4, 5, 7) if group % n == 0 and others * (group // n) >= ENOUGH]
+    return max(fitting, default=1)
 
 
 # Every layer of a verify pass asks for the same layout, and the one before is soon forgotten.

@@ -7,7 +7,12 @@
 //    totals float [heads, rows, blocks, 2]: the largest score and the sum of the weights
 // Blocks behind the row's position are left as they are.
 // grid (128 * blocks, heads / G, rows), threadgroup (128, 1, 1)
+// Few threads wait for much memory, so loads are issued by the batch: the barriers behind them order
+// nothing, but keep the compiler from putting each load next to its use.
 constexpr uint PER = DIM / 32;
+constexpr bool SMALL = G <= 2 && sizeof(T) == 2;  // registers for twice as many
+constexpr uint STEP = SMALL && PER % 4 == 0 ? 4 : PER % 2 == 0 ? 2 : 1;
+constexpr uint BATCH = SMALL ? 16 : 8;
 SHARED(float4, query, G * DIM / 4);
 SHARED(float, spread, 2 * 4 * DIM);
 SHARED(float, peaks, 4 * G);
@@ -28,7 +33,9 @@ if (128 * block > last) return;  // the whole threadgroup
 for (uint i = me; i < G * DIM / 4; i += 128) {
   const uint g = i / (DIM / 4);
   float four[4];
-  Values<T, sizeof(T), 4>::load(queries + ((head + g) * rows + row) * DIM + i % (DIM / 4) * 4, four);
+  Few<T, sizeof(T), 4> few;
+  few.load(queries + ((head + g) * rows + row) * DIM + i % (DIM / 4) * 4);
+  few.widen(four);
   query[i].x = four[0] * scale[0];
   query[i].y = four[1] * scale[0];
   query[i].z = four[2] * scale[0];
@@ -50,25 +57,32 @@ for (uint k = 0; k < 4; ++k) {
 float scores[4 * G];
 for (uint i = 0; i < 4 * G; ++i) scores[i] = 0.0f;
 auto from = keys + start + 8 * quarter;
-#pragma unroll 4
-for (uint c = 0; c < PER; ++c) {
-  float key[32];
-  for (uint k = 0; k < 4; ++k) {
-    Values<T, sizeof(T), 8>::load(from + places[k] * DIM + 32 * c, key + 8 * k);
+#pragma unroll 1
+for (uint c = 0; c < PER; c += STEP) {
+  Few<T, sizeof(T), 8> batch[4 * STEP];
+#pragma unroll
+  for (uint i = 0; i < 4 * STEP; ++i) {
+    batch[i].load(from + places[i % 4] * DIM + 32 * (c + i / 4));
   }
-  for (uint g = 0; g < G; ++g) {
-    const uint at = (g * DIM + 32 * c + 8 * quarter) / 4;
-    const float4 a = query[at], b = query[at + 1];
-    for (uint k = 0; k < 4; ++k) {
-      float score = scores[4 * g + k];
-      score = metal::fma(a.x, key[8 * k], score);
-      score = metal::fma(a.y, key[8 * k + 1], score);
-      score = metal::fma(a.z, key[8 * k + 2], score);
-      score = metal::fma(a.w, key[8 * k + 3], score);
-      score = metal::fma(b.x, key[8 * k + 4], score);
-      score = metal::fma(b.y, key[8 * k + 5], score);
-      score = metal::fma(b.z, key[8 * k + 6], score);
-      scores[4 * g + k] = metal::fma(b.w, key[8 * k + 7], score);
+  simdgroup_barrier(mem_flags::mem_none);
+#pragma unroll
+  for (uint step = 0; step < STEP; ++step) {
+    float key[32];
+    for (uint k = 0; k < 4; ++k) batch[4 * step + k].widen(key + 8 * k);
+    for (uint g = 0; g < G; ++g) {
+      const uint at = (g * DIM + 32 * (c + step) + 8 * quarter) / 4;
+      const float4 a = query[at], b = query[at + 1];
+      for (uint k = 0; k < 4; ++k) {
+        float score = scores[4 * g + k];
+        score = metal::fma(a.x, key[8 * k], score);
+        score = metal::fma(a.y, key[8 * k + 1], score);
+        score = metal::fma(a.z, key[8 * k + 2], score);
+        score = metal::fma(a.w, key[8 * k + 3], score);
+        score = metal::fma(b.x, key[8 * k + 4], score);
+        score = metal::fma(b.y, key[8 * k + 5], score);
+        score = metal::fma(b.z, key[8 * k + 6], score);
+        scores[4 * g + k] = metal::fma(b.w, key[8 * k + 7], score);
+      }
     }
   }
 }
@@ -97,15 +111,25 @@ const uint place = high ? (odd ? places[3] : places[2]) : (odd ? places[1] : pla
 auto dims = values + start + lane * PER;
 float out[G * PER];
 for (uint i = 0; i < G * PER; ++i) out[i] = 0.0f;
-#pragma unroll 16
-for (uint j = 0; j < 32; ++j) {
-  const uint holder = j % 8 * 4 + j / 8;
-  float value[PER];
-  Values<T, sizeof(T), PER>::load(dims + simd_shuffle(place, holder) * DIM, value);
-  for (uint g = 0; g < G; ++g) {
-    const float weight = simd_shuffle(weights[g], holder);
-    for (uint i = 0; i < PER; ++i) {
-      out[g * PER + i] = metal::fma(weight, value[i], out[g * PER + i]);
+#pragma unroll 1
+for (uint j = 0; j < 32; j += BATCH) {
+  Few<T, sizeof(T), PER> batch[BATCH];
+#pragma unroll
+  for (uint i = 0; i < BATCH; ++i) {
+    const uint holder = (j + i) % 8 * 4 + (j + i) / 8;
+    batch[i].load(dims + simd_shuffle(place, holder) * DIM);
+  }
+  simdgroup_barrier(mem_flags::mem_none);
+#pragma unroll
+  for (uint i = 0; i < BATCH; ++i) {
+    const uint holder = (j + i) % 8 * 4 + (j + i) / 8;
+    float value[PER];
+    batch[i].widen(value);
+    for (uint g = 0; g < G; ++g) {
+      const float weight = simd_shuffle(weights[g], holder);
+      for (uint d = 0; d < PER; ++d) {
+        out[g * PER + d] = metal::fma(weight, value[d], out[g * PER + d]);
+      }
     }
   }
 }

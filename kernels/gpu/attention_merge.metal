@@ -15,11 +15,24 @@ float peak = -INF;
 for (uint b = lane; b < used; b += 32) peak = metal::max(peak, totals[2 * (first + b)]);
 peak = simd_max(peak);
 float value = 0.0f, total = 0.0f;
-#pragma unroll 8
-for (uint b = first; b < first + used; ++b) {
-  const float weight = metal::exp(totals[2 * b] - peak);
-  value = metal::fma(weight, parts[b * DIM + me], value);
-  total = metal::fma(weight, totals[2 * b + 1], total);
+// Loads by the batch, as in attention_blocks; behind the last block it is read again, and weighs
+// nothing.
+for (uint b = 0; b < used; b += 16) {
+  float part[16], reached[16], sum[16];
+#pragma unroll
+  for (uint i = 0; i < 16; ++i) {
+    const uint at = first + metal::min(b + i, used - 1);
+    part[i] = parts[at * DIM + me];
+    reached[i] = totals[2 * at];
+    sum[i] = totals[2 * at + 1];
+  }
+  simdgroup_barrier(mem_flags::mem_none);
+#pragma unroll
+  for (uint i = 0; i < 16; ++i) {
+    const float weight = b + i < used ? metal::exp(reached[i] - peak) : 0.0f;
+    value = metal::fma(weight, part[i], value);
+    total = metal::fma(weight, sum[i], total);
+  }
 }
 value = value / total;
 const uint dim = me % 32 * PER + me / 32;
