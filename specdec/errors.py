@@ -40,6 +40,10 @@ class RepackError(SpecdecError):
     """A repacked folder cannot be written, is unfinished, or is not what its index says."""
 
 
+class RoutingLogError(SpecdecError):
+    """A routing log or a hot set cannot be read or written, or belongs to another model."""
+
+
 class NonFiniteError(SpecdecError):
     """NaN or Inf in a forward pass."""
 

@@ -5,7 +5,7 @@ of its paths part of the state. verify changes nothing that is committed: an err
 between the two leaves the session as it was.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NoReturn, Self
 
@@ -37,6 +37,8 @@ from specdec.target.passes import Pass, PromptPass, TreePass
 from specdec.target.state import State
 from specdec.target.tensors import Tensors
 from specdec.tree.draft_tree import DraftTree
+
+Observer = Callable[[np.ndarray, Pass, slice | list[int]], None]
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,6 +78,8 @@ class Target:
         self.config, self.layers, self.backend = config, layers, backend
         self.embedding, self.norm, self.head = embedding, norm, head
         self.experts, self.taps = experts, tuple(taps)
+        # Told of each pass before it is committed: its tokens, the pass, the rows that will be.
+        self.observers: list[Observer] = []
         self.reset()
 
     @classmethod
@@ -143,7 +147,7 @@ class Target:
         # The logits are the last row's alone; the taps, and later the keys, are every row's.
         if not (finite_rows(hidden).all() and finite_rows(logits).all()):
             self._refuse(rows, this)
-        self._count(this, slice(None))
+        self._count(rows, this, slice(None))
         this.commit()
         return Output(logits, taps)
 
@@ -173,7 +177,7 @@ class Target:
         if not to_numpy(finite)[list(path)].all():
             rows = tree.tokens[list(path)]
             self._refuse(rows, TreePass(self.state, TreeLayout.chain(len(rows))))
-        self._count(this, list(path))
+        self._count(tree.tokens, this, list(path))
         this.commit(list(path))  # last: after it nothing can fail, and before it nothing is done
 
     def _forward(self, tokens: np.ndarray, this: Pass, probe: bool = False) -> tuple:
@@ -208,9 +212,11 @@ class Target:
         self._forward(tokens, this.again(), probe=True)
         raise NonFiniteError("NaN or Inf first appears in the logits (final norm or head)")
 
-    def _count(self, this: Pass, rows: slice | list[int]) -> None:
+    def _count(self, tokens: np.ndarray, this: Pass, rows: slice | list[int]) -> None:
         """Experts that committed rows used become recent in their slots; in pinned layers, which
         nobody asks for, experts that any row of the pass used count as hits."""
+        for observer in self.observers:  # first: an error in one leaves everything as it was
+            observer(tokens, this, rows)
         for layer, chosen in this.chosen.items():
             if self.experts.is_pinned(layer):
                 self.experts.count_hits(layer, chosen)

@@ -6,7 +6,13 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from specdec.commands.console import Console, emit
-from specdec.commands.options import Budgets, kernels_option, model_options, tree_option
+from specdec.commands.options import (
+    Budgets,
+    kernels_option,
+    model_options,
+    routing_options,
+    tree_option,
+)
 from specdec.errors import DisagreementError, PromptError, SpecdecError
 
 if TYPE_CHECKING:
@@ -38,6 +44,7 @@ if TYPE_CHECKING:
 @kernels_option
 @click.option("--ignore-eos", is_flag=True, help="Do not end at the model's end tokens.")
 @click.option("--json", "json_path", metavar="FILE", help="Write all figures to FILE.")
+@routing_options
 @click.option("--quiet", "-q", is_flag=True, help="Print the report, and on stderr only problems.")
 def bench(**options: Any) -> None:
     """Sweep prompts and budgets: speed, acceptance, and whether all budgets emit the same tokens.
@@ -54,11 +61,15 @@ def bench(**options: Any) -> None:
     from specdec.demo_pair import PROMPTS
     from specdec.generation import Request, check_prompt, generate
     from specdec.report import memory_line
+    from specdec.routing_writer import RoutingWriter
 
     options["prompts"] = options["prompts"] or str(PROMPTS)
     prompts = benchmark.read_prompts(Path(options["prompts"]))
     budgets: tuple[int, ...] = options["budgets"]
-    with record.JsonFile(options["json_path"]) as file:
+    with (
+        record.JsonFile(options["json_path"]) as file,
+        RoutingWriter(options["collect_routing"]) as routing,
+    ):
         tokenizer, config = session.door(options)
         eos_ids = () if options["ignore_eos"] else tokenizer.eos_ids
         tokens = {prompt.id: tuple(tokenizer.encode(prompt.text)) for prompt in prompts}
@@ -70,6 +81,7 @@ def bench(**options: Any) -> None:
         longest = max(map(len, tokens.values()))
         context = longest + options["max_tokens"]
         loaded = session.load(options, longest, context, max(budgets), console, tokenizer)
+        routing.begin(loaded)
 
         def run(prompt: "Prompt", budget: int) -> "Result":
             result = generate(

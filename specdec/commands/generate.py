@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from specdec.commands.console import Console, emit
-from specdec.commands.options import MAX_BUDGET, model_options, tree_option
+from specdec.commands.options import MAX_BUDGET, model_options, routing_options, tree_option
 from specdec.errors import DisagreementError, PromptError, SpecdecError
 
 if TYPE_CHECKING:
@@ -50,6 +50,7 @@ def read_lines(path, encoding="utf-8"):
 @click.option("--ignore-eos", is_flag=True, help="Do not end at the model's end tokens.")
 @click.option("--compare", is_flag=True, help="Also run without speculation, and compare.")
 @click.option("--json", "json_path", metavar="FILE", help="Write all figures to FILE.")
+@routing_options
 @click.option("--quiet", "-q", is_flag=True, help="Print the text, and on stderr only problems.")
 def generate(**options: Any) -> None:
     """Generate text from one prompt: the text on stdout, everything else on stderr."""
@@ -61,14 +62,19 @@ def generate(**options: Any) -> None:
     from specdec import record
     from specdec.commands import session
     from specdec.generation import Request, check_prompt
+    from specdec.routing_writer import RoutingWriter
 
-    with record.JsonFile(options["json_path"]) as file:
+    with (
+        record.JsonFile(options["json_path"]) as file,
+        RoutingWriter(options["collect_routing"]) as routing,
+    ):
         tokenizer, config = session.door(options)
         eos_ids = () if options["ignore_eos"] else tokenizer.eos_ids
         text, tokens = _encode(tokenizer, prompt, options)
         check_prompt(tokens, config)
         context = len(tokens) + options["max_tokens"]
         loaded = session.load(options, len(tokens), context, budget, console, tokenizer)
+        routing.begin(loaded)
         request = Request(
             prompt_tokens=tokens,
             budget=budget,

@@ -73,6 +73,15 @@ def model_options(command: Command) -> Command:
     return command
 
 
+def routing_options(command: Command) -> Command:
+    """--collect-routing."""
+    return click.option(
+        "--collect-routing",
+        metavar="FILE",
+        help="Write down which experts every row chose, for `specdec simulate` and repacking.",
+    )(command)
+
+
 def tree_option(command: Command) -> Command:
     """--tree."""
     return click.option(
