@@ -1,5 +1,5 @@
-// What an expert computes for up to ROWS rows at once, by one simdgroup. After weights.h, dots.h
-// and simd_sums.h.
+// What an expert computes for up to ROWS rows at once, by one simdgroup. After weights.h and
+// simd_sums.h.
 
 HELPER int lowest_bit(uint mask) {
   return int(metal::popcount((mask & (0u - mask)) - 1u));
@@ -24,17 +24,80 @@ HELPER int rank_of(E own, int expert) {
   return rank;
 }
 
+// Each lane's shares of the dot products of OUTS rows of weights with ROWS rows of x [.., in], which
+// `inputs` names: sums[r * OUTS + o]; if NORM, of x times norm [in], and of the sums of x^2: squares[r].
+// Few registers count here: lanes wait for memory, and the more there are the better.
+template <typename T, int OUTS, int ROWS, int IN, bool NORM, typename W, typename X, typename I, typename N, typename P>
+HELPER void row_dots(W features, X x, I inputs, N norm, uint lane, P sums, P squares) {
+#pragma unroll
+  for (int i = 0; i < ROWS * OUTS; ++i) {
+    sums[i] = 0.0f;
+  }
+#pragma unroll
+  for (int r = 0; r < ROWS; ++r) {
+    squares[r] = 0.0f;
+  }
+  decltype(features[0].load(0)) chunk[OUTS];
+#pragma unroll 1
+  for (int i = lane; i < IN / chunk[0].values; i += 32) {
+#pragma unroll
+    for (int o = 0; o < OUTS; ++o) {
+      chunk[o] = features[o].load(i);
+    }
+#pragma unroll
+    for (int e = 0; e < chunk[0].values / 8; ++e) {
+      int at = i * chunk[0].values + 8 * e;
+      float scale[8];
+      if (NORM) {
+        auto eight = LOAD(Eight<T>, norm + at);
+#pragma unroll
+        for (int k = 0; k < 8; ++k) {
+          scale[k] = eight.get(k);
+        }
+      }
+      float values[ROWS * 8];
+#pragma unroll
+      for (int r = 0; r < ROWS; ++r) {
+        auto eight = LOAD(Eight<T>, x + inputs[r] * IN + at);
+#pragma unroll
+        for (int k = 0; k < 8; ++k) {
+          float value = eight.get(k);
+          if (NORM) {
+            squares[r] = metal::fma(value, value, squares[r]);
+            value = value * scale[k];
+          }
+          values[r * 8 + k] = value;
+        }
+      }
+#pragma unroll
+      for (int o = 0; o < OUTS; ++o) {
+        float w[8];
+        chunk[o].decode(e, w);
+#pragma unroll
+        for (int r = 0; r < ROWS; ++r) {
+#pragma unroll
+          for (int k = 0; k < 8; ++k) {
+            sums[r * OUTS + o] = metal::fma(values[r * 8 + k], w[k], sums[r * OUTS + o]);
+          }
+        }
+      }
+    }
+  }
+}
+
 // Features `feature` .. + FEATURES - 1 of silu(gate h) * (up h), h = rms_norm(x), for the ROWS
 // lowest rows of the mask (all if they are fewer) -> out [rows * TOP_K, inner] at the place of the
 // pair, [rows, inner] if TOP_K is 0. gate, up: from the expert's first row on.
-template <typename T, int ROWS, int FEATURES, int TOP_K, typename W, typename X, typename N, typename E, typename O>
-HELPER void expert_hidden(W gate, W up, int inner, int feature, X x, N norm, float eps, uint mask, int expert, E experts, O out, uint lane) {
+template <typename T, int ROWS, int FEATURES, int IN, int TOP_K, typename W, typename X, typename N, typename E, typename O>
+HELPER void expert_hidden(W gate, W up, int in, int inner, int feature, X x, N norm, float eps, uint mask, int expert, E experts, O out, uint lane) {
   const int each = 2 * FEATURES;
   W features[each];
 #pragma unroll
   for (int f = 0; f < FEATURES; ++f) {
     features[f] = gate.row(feature + f);
     features[FEATURES + f] = up.row(feature + f);
+    features[f].in = in;
+    features[FEATURES + f].in = in;
   }
   int inputs[ROWS];
   int count = metal::min(int(metal::popcount(mask)), ROWS);
@@ -46,11 +109,11 @@ HELPER void expert_hidden(W gate, W up, int inner, int feature, X x, N norm, flo
   }
   float sums[ROWS * each];
   float squares[ROWS];
-  dots<T, each, ROWS, 1, true>(features, x, inputs, count, norm, lane, sums, squares);
+  row_dots<T, each, ROWS, IN, true>(features, x, inputs, norm, lane, sums, squares);
   // a lane has the same row in both, and the lane ROWS away the same feature of the other matrix
   float square = simd_sums<ROWS>(squares, lane);
   float sum = simd_sums<ROWS * each>(sums, lane);
-  sum = sum * metal::rsqrt(square / float(gate.in) + eps);
+  sum = sum * metal::rsqrt(square / float(IN) + eps);
   float other = simd_shuffle_xor(sum, uint(ROWS));
   int index = sum_of_lane<ROWS * each>(lane);
   int f = index % each;
@@ -61,21 +124,16 @@ HELPER void expert_hidden(W gate, W up, int inner, int feature, X x, N norm, flo
   }
 }
 
-// Features `feature` .. + FEATURES - 1 of down h for the ROWS lowest rows of the mask, h [.., inner]
-// as expert_hidden leaves it -> out [rows, EACH, 8], a threadgroup's, from its feature `at` on:
-// of each row the places of its experts, and after them, if TOP_K is 0, that of the shared one.
-template <int ROWS, int FEATURES, int TOP_K, int EACH, typename W, typename X, typename E, typename O>
-HELPER void expert_outputs(W down, int feature, X hidden, uint mask, int expert, E experts, O out, int at, uint lane) {
+// Features `at` .. + FEATURES - 1 of down h for `count` rows, up to ROWS: lane r says where the r-th
+// row lies in hidden [.., inner], and in out [.., 8], where its outputs go. down: from feature 0 on.
+template <int ROWS, int FEATURES, int IN, typename W, typename X, typename O>
+HELPER void expert_outputs(W down, int in, X hidden, int count, int source, int place, O out, int at, uint lane) {
   W features[FEATURES];
 #pragma unroll
   for (int f = 0; f < FEATURES; ++f) {
-    features[f] = down.row(feature + at + f);
+    features[f] = down.row(at + f);
+    features[f].in = in;
   }
-  int count = metal::min(int(metal::popcount(mask)), ROWS);
-  // lane r finds the place of the r-th row
-  int own = int(lane) < count ? lowest_bit(without_lowest(mask, int(lane))) : lowest_bit(mask);
-  int rank = TOP_K == 0 ? EACH - 1 : rank_of<TOP_K>(experts + own * TOP_K, expert);
-  int source = TOP_K == 0 ? own : own * TOP_K + rank;
   int inputs[ROWS];
 #pragma unroll
   for (int r = 0; r < ROWS; ++r) {
@@ -83,10 +141,10 @@ HELPER void expert_outputs(W down, int feature, X hidden, uint mask, int expert,
   }
   float sums[ROWS * FEATURES];
   float squares[ROWS];
-  dots<float, FEATURES, ROWS, 1, false>(features, hidden, inputs, count, hidden, lane, sums, squares);
+  row_dots<float, FEATURES, ROWS, IN, false>(features, hidden, inputs, hidden, lane, sums, squares);
   float sum = simd_sums<ROWS * FEATURES>(sums, lane);
   int index = sum_of_lane<ROWS * FEATURES>(lane);
-  int place = simd_shuffle(own * EACH + rank, uint(index / FEATURES));
+  place = simd_shuffle(place, uint(index / FEATURES));
   if (int(lane) < ROWS * FEATURES && index / FEATURES < count) {
     out[place * 8 + at + index % FEATURES] = sum;
   }

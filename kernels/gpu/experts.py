@@ -22,11 +22,10 @@ MAX_TOP_K = 16
 PACKED = {2, 3, 4, 5, 6, 8}
 GROUPS = {32, 64, 128}
 FLOATS = (mx.float32, mx.float16, mx.bfloat16)
-TILE_ROWS = 8  # rows that share one reading of an expert, at most
-HIDDEN_FEATURES = 2  # of a simdgroup of expert_hidden
-HIDDEN_SIMDGROUPS = 4
+TILE_ROWS = 2  # rows that share one reading of an expert, at most
+HIDDEN_SIMDGROUPS = 4  # of a threadgroup of expert_hidden
 SUM_FEATURES = 8  # of a threadgroup of expert_sum
-SUM_SIMDGROUPS = 16
+SUM_SIMDGROUPS = 8
 UNUSED = (8,)  # shape of an output that is not written; kernels load from arrays of 8 elements
 
 
@@ -40,7 +39,7 @@ def _matrix(name: str) -> tuple[str, str, str]:
 
 
 PACKING = ("BITS", "GROUP", "INNER", "SHARED_BITS", "SHARED_GROUP", "SHARED_INNER")
-HELPERS = ("weights.h", "dots.h", "simd_sums.h", "experts.h")
+HELPERS = ("weights.h", "simd_sums.h", "experts.h")
 EXPERT_HIDDEN = MetalKernel(
     "expert_hidden",
     inputs=(
@@ -207,19 +206,21 @@ def _launches(
     shared_inner = _inner(shared, dtype, hidden, "shared expert")
     routed, with_shared = bank is not None, shared is not None
     most = 1 << (rows - 1).bit_length()
+    tile = min(most, TILE_ROWS)
     common: dict[str, int | bool | mx.Dtype] = {
         "T": dtype,
         "INNER": inner,
         "SHARED_INNER": shared_inner,
         "TOP_K": top_k,
-        "ROWS": min(most, TILE_ROWS),
+        "ROWS": tile,
         "ROUTED": routed,
         "WITH_SHARED": with_shared,
     }
-    entries = routed * used + with_shared
+    shared_tiles = with_shared * -(-rows // tile)  # the shared expert's rows are computed apart
+    entries = routed * used + shared_tiles
     first = None
     if entries > 0:
-        features = HIDDEN_FEATURES * HIDDEN_SIMDGROUPS
+        features = 2 if rows == 1 else 4  # of a simdgroup: one row alone needs more simdgroups
         threads = 32 * HIDDEN_SIMDGROUPS
         first = EXPERT_HIDDEN.launch(
             [
@@ -227,17 +228,22 @@ def _launches(
                 (rows, shared_inner) if shared else UNUSED,
             ],
             [mx.float32, mx.float32],
-            grid=(-(-max(inner, shared_inner) // features) * threads, entries, 1),
+            grid=(
+                -(-max(inner, shared_inner) // (features * HIDDEN_SIMDGROUPS)) * threads,
+                entries,
+                1,
+            ),
             threadgroup=(threads, 1, 1),
             template={
                 **common,
                 **_packing(bank, 0, "", dtype),
                 **_packing(shared, 0, "SHARED_", dtype),
                 "HIDDEN": hidden,
-                "FEATURES": HIDDEN_FEATURES,
+                "FEATURES": features,
             },
         )
-    threads = 32 * max(1, min(entries, SUM_SIMDGROUPS))
+    # several rows need so many registers that 16 simdgroups might not fit
+    threads = 32 * max(1, min(entries, 16 if rows == 1 else SUM_SIMDGROUPS))
     second = EXPERT_SUM.launch(
         [(rows, top_k, hidden) if keep_apart else (rows, hidden)],
         [mx.float32 if keep_apart else dtype],

@@ -155,6 +155,7 @@ def exact(array):
         (7, 4, {"hidden": 256, "packing": (5, 32), "down": (6, 64)}, {"order": "reverse"}),
         (21, 8, {"shared": "none", "packing": (8, 32), "down": None}, {}),
         (32, 3, {"packing": (2, 128), "inner": 128, "shared_inner": 72, "shared": None}, {}),
+        (32, 12, {"packing": None, "shared": None, "hidden": 16, "inner": 8, "experts": 300}, {}),
     ],
     ids=lambda value: "" if isinstance(value, dict) else str(value),
 )
