@@ -7,7 +7,7 @@ Refuses files of another kind, records cut off in the middle, and experts that t
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -59,6 +59,14 @@ class RoutingHeader:
                 ("experts", width, (len(self.layers), self.top_k)),
             ]
         )
+
+    def check(self, where: Path, layers: Sequence[int], experts: int) -> None:
+        """RoutingLogError unless the log is of a model with these MoE layers and experts."""
+        if self.layers != tuple(layers) or self.experts != experts:
+            raise RoutingLogError(
+                f"{where}: is of {self.model}, {len(self.layers)} layers of {self.experts} "
+                f"experts; this model has {len(layers)} of {experts}"
+            )
 
     def encode(self) -> bytes:
         return MAGIC + json.dumps(asdict(self)).encode() + b"\n"
@@ -141,6 +149,18 @@ class RoutingLog:
     def part(self, first: int, last: int) -> "RoutingLog":
         """The passes from `first` up to `last`."""
         return RoutingLog(self.header, self.rows[self.starts[first] : self.starts[last]])
+
+    def requests(self, rows: np.ndarray | None = None) -> np.ndarray:
+        """int64 [n, 3], each distinct (pass, layer's index, expert) once, ascending.
+
+        rows: bool [rows], those that count; None for all.
+        """
+        header, every = self.header, self.rows if rows is None else self.rows[rows]
+        at = every["pass"].astype(np.int64)[:, None] * len(header.layers)
+        at = (at + np.arange(len(header.layers)))[:, :, None] * header.experts + every["experts"]
+        flat = np.unique(at)
+        flat, expert = np.divmod(flat, header.experts)
+        return np.stack([*np.divmod(flat, len(header.layers)), expert], axis=1)
 
     def uses(self) -> np.ndarray:
         """int64 [layers, experts]: committed rows that used each expert."""
