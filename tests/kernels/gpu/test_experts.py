@@ -1,5 +1,7 @@
 """The experts' kernels against float64 products; rows in any company; streaming in waves."""
 
+import shutil
+import subprocess
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -7,6 +9,7 @@ import numpy as np
 import pytest
 
 from specdec.kernels.experts import ExpertWeights, SharedExpert
+from specdec.kernels.gpu import experts as gpu
 from specdec.kernels.gpu.experts import combine, experts_apart, feed_forward
 from specdec.kernels.gpu.limits import Unsupported
 from specdec.kernels.linear import Piece
@@ -15,8 +18,11 @@ from specdec.kernels.routing import Routing
 from specdec.kernels.weight import Weight
 from tests.kernels.weights import normal, some_weight
 from tests.metal.build import compiler
+from tests.metal.cuda import cuda_source
+from tests.metal.rules import broken_rules
 from tests.metal.run import through_shim
 
+NVCC = shutil.which("nvcc")
 pytestmark = pytest.mark.skipif(compiler() is None, reason="needs g++ on Linux")
 
 Q4 = (4, 64)
@@ -246,3 +252,50 @@ def test_what_the_kernels_do_not_take():
     )
     bank = ExpertWeights(made.bank.gate, made.shared.up, made.bank.down)
     refuses("bank: up kept as", made=Layer(made.norm, bank, made.table, None, mx.float32))
+
+
+@pytest.mark.parametrize("kernel", [gpu.EXPERT_HIDDEN, gpu.EXPERT_SUM], ids=lambda k: k.name)
+def test_kernels_keep_the_rules(kernel):
+    assert broken_rules(kernel) == []
+
+
+@pytest.mark.skipif(NVCC is None, reason="nvcc is not installed")
+@pytest.mark.parametrize("rows", [1, 7])
+def test_kernels_compile_for_cuda(rows, tmp_path):
+    """In the geometry of Qwen3.6-35B-A3B, with as many registers as their threadgroups may have."""
+    b, f, u, i = mx.bfloat16, mx.float32, mx.uint32, mx.int32
+    packed = [((256, 512, 256), 4, 64, b)] * 2 + [((256, 2048, 64), 4, 64, b)]
+    alone = [((512, 256), 4, 64, b)] * 2 + [((2048, 64), 4, 64, b)]
+    first, second = gpu._launches(
+        (rows, 2048), b, b, 8, 8 * rows, tuple(packed), tuple(alone), (256, b), None, False
+    )
+    assert first is not None
+    matrix = [u, b, b]
+    sources = [
+        (
+            first,
+            cuda_source(
+                gpu.EXPERT_HIDDEN, [b, b, f, *4 * matrix, i, i, i], [f, f], dict(first.template)
+            ),
+        ),
+        (
+            second,
+            cuda_source(
+                gpu.EXPERT_SUM, [b, f, f, *2 * matrix, i, i, i, f, b, f], [b], dict(second.template)
+            ),
+        ),
+    ]
+    for launch, text in sources:
+        source = tmp_path / "kernel.cu"
+        source.write_text(text)
+        most = 65536 // launch.threadgroup[0]
+        flags = ["-arch=sm_90", "-std=c++17", "-cubin", "-Werror=all-warnings", "-Xptxas", "-v"]
+        done = subprocess.run(
+            [str(NVCC), *flags, str(source), "-o", str(tmp_path / "kernel.cubin")],
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        words = (done.stdout + done.stderr).split()
+        assert int(words[words.index("registers,") - 1]) <= most
+        assert "0 bytes spill stores" in done.stdout + done.stderr

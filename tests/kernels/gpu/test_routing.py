@@ -1,15 +1,21 @@
 """The routing kernel against a sort and a softmax in float64; the union; rows in any company."""
 
+import shutil
+import subprocess
+
 import mlx.core as mx
 import numpy as np
 import pytest
 
 from specdec.kernels.gpu.limits import Unsupported
-from specdec.kernels.gpu.routing import route
+from specdec.kernels.gpu.routing import ROUTE, route
 from specdec.kernels.linear import Piece
 from tests.metal.build import compiler
+from tests.metal.cuda import cuda_source
+from tests.metal.rules import broken_rules
 from tests.metal.run import through_shim
 
+NVCC = shutil.which("nvcc")
 pytestmark = pytest.mark.skipif(compiler() is None, reason="needs g++ on Linux")
 
 
@@ -122,3 +128,27 @@ def test_a_row_has_the_same_bits_in_any_company():
 def test_what_the_kernel_does_not_take(rows, experts, top_k, words):
     with pytest.raises(Unsupported, match=f"kernel route: {words}"):
         routed(np.zeros((rows, experts), np.float32), top_k, True)
+
+
+def test_the_kernel_keeps_the_rules():
+    assert broken_rules(ROUTE) == []
+
+
+@pytest.mark.skipif(NVCC is None, reason="nvcc is not installed")
+def test_the_kernel_compiles_for_cuda(tmp_path):
+    template: dict[str, int | bool | mx.Dtype] = {
+        "T": mx.bfloat16,
+        "EXPERTS": 256,
+        "TOP_K": 8,
+        "START": 0,
+        "NORMALIZE": True,
+    }
+    source = tmp_path / "kernel.cu"
+    source.write_text(cuda_source(ROUTE, [mx.bfloat16], [mx.int32, mx.float32, mx.int32], template))
+    flags = ["-arch=sm_90", "-std=c++17", "-cubin", "-Werror=all-warnings"]
+    done = subprocess.run(
+        [str(NVCC), *flags, str(source), "-o", str(tmp_path / "kernel.cubin")],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
