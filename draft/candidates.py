@@ -10,8 +10,10 @@ import mlx.core as mx
 import numpy as np
 
 from specdec.errors import NonFiniteError
-from specdec.kernels.array import Array, is_numpy
+from specdec.kernels.array import Array, OnCpu, is_numpy
 from specdec.tree.block import Block
+
+cpu = OnCpu("candidates")
 
 _RUN = 256  # ids per run
 
@@ -26,24 +28,19 @@ def top_candidates(logits: Array, width: int) -> Block:
     width = min(width, vocab)
     runs = -(-vocab // _RUN)
     if is_numpy(logits):
-        host = logits
-        peak = host.max(axis=-1, keepdims=True)
-        with np.errstate(invalid="ignore"):  # Inf - Inf is found below
-            log_totals = np.log(np.exp(host - peak).sum(axis=-1, keepdims=True, dtype=np.float64))
-        log_totals = log_totals + peak
-        maxima = np.maximum.reduceat(host, np.arange(0, vocab, _RUN), axis=1)
-    else:
-        logits = logits.astype(mx.float32)
-        whole = vocab // _RUN * _RUN
-        tops = [logits[:, :whole].reshape(slots, -1, _RUN).max(axis=-1)]
-        if whole < vocab:
-            tops.append(logits[:, whole:].max(axis=-1, keepdims=True))
-        top, totals = mx.concatenate(tops, axis=-1), mx.logsumexp(logits, axis=-1, keepdims=True)
-        mx.eval(logits, top, totals)
-        host = np.array(logits, copy=False)  # shares the memory
-        maxima, log_totals = np.array(top), np.array(totals, dtype=np.float64)
-    if not np.isfinite(log_totals).all():
-        raise NonFiniteError("NaN or Inf in the draft's logits")
+        tokens, log_probs, log_totals = cpu.top_candidates(logits, width)
+        _check(log_totals)
+        return Block(tokens, np.minimum(log_probs - log_totals, 0.0))
+    logits = logits.astype(mx.float32)
+    whole = vocab // _RUN * _RUN
+    tops = [logits[:, :whole].reshape(slots, -1, _RUN).max(axis=-1)]
+    if whole < vocab:
+        tops.append(logits[:, whole:].max(axis=-1, keepdims=True))
+    top, totals = mx.concatenate(tops, axis=-1), mx.logsumexp(logits, axis=-1, keepdims=True)
+    mx.eval(logits, top, totals)
+    host = np.array(logits, copy=False)  # shares the memory
+    maxima, log_totals = np.array(top), np.array(totals, dtype=np.float64)
+    _check(log_totals)
 
     best_runs = np.argsort(-maxima, axis=1, kind="stable")[:, : min(width, runs)]
     tokens = np.empty((slots, width), np.int32)
@@ -58,3 +55,8 @@ def top_candidates(logits: Array, width: int) -> Block:
         tokens[slot], log_probs[slot] = ids[best], values[best]
     # logsumexp may round to just below the largest logit
     return Block(tokens, np.minimum(log_probs - log_totals, 0.0))
+
+
+def _check(log_totals: np.ndarray) -> None:
+    if not np.isfinite(log_totals).all():
+        raise NonFiniteError("NaN or Inf in the draft's logits")

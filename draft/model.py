@@ -26,7 +26,7 @@ from specdec.errors import NonFiniteError
 from specdec.kernels.array import Array, Backend, finite_rows, is_numpy
 from specdec.kernels.block_attention import block_attention
 from specdec.kernels.linear import embed, linear
-from specdec.kernels.norm import rms_norm, swiglu
+from specdec.kernels.norm import Norm, rms_norm, swiglu
 from specdec.kernels.rope import Rope
 from specdec.kernels.weight import Weight
 from specdec.tree.block import Block
@@ -95,21 +95,22 @@ class Draft:
         weights = self.weights
         # Not normalized again by a layer's input norm, unlike the block's rows.
         context = linear(self._cast(taps), weights.fc)
-        context = rms_norm(context, weights.hidden_norm, config.rms_norm_eps)
+        norm = Norm(weights.hidden_norm, config.rms_norm_eps)
         for layer, cache in zip(weights.layers, self._caches, strict=True):
             first = count - cache.rows_to_keep(count)
-            keys, values = self._keys_values(layer, context[first:], self._length + first)
+            keys, values = self._keys_values(layer, norm, context[first:], self._length + first)
             cache.append(keys, values, self._length + first)
         mx.async_eval([a for cache in self._caches for a in cache.arrays if not is_numpy(a)])
         self._length += count  # last: after an error the same rows can be given again
 
-    def propose(self, bonus: int, width: int) -> Block:
+    def propose(self, bonus: int, width: int, slots: int | None = None) -> Block:
         """Draft the block after the bonus token: block_size - 1 slots of the `width` best tokens.
 
+        slots: how many of the first are wanted, None for all; the others have no logits computed.
         Changes nothing. NonFiniteError, naming the layer, on NaN or Inf.
         """
         try:
-            return top_candidates(self._logits(self._forward(bonus)), width)
+            return top_candidates(self._logits(self._forward(bonus)[:slots]), width)
         except NonFiniteError:
             self._forward(bonus, probe=True)
             raise
@@ -126,8 +127,9 @@ class Draft:
         for i, (layer, cache) in enumerate(zip(self.weights.layers, self._caches, strict=True)):
             seen = self._seen(cache.start, config.windows[i], config.causal[i])
             x = self._attend(x, layer, cache, *seen)
-            h = rms_norm(x, layer.post_norm, config.rms_norm_eps)
-            x = x + linear(swiglu(linear(h, layer.gate), linear(h, layer.up)), layer.down)
+            norm = Norm(layer.post_norm, config.rms_norm_eps)
+            h = swiglu(linear(x, layer.gate, norm), linear(x, layer.up, norm))
+            x = linear(h, layer.down, residual=x)
             if probe and not finite_rows(x).all():
                 raise NonFiniteError(f"NaN or Inf first appears in layer {i} of the draft")
         return x[1:]
@@ -142,22 +144,26 @@ class Draft:
     ) -> Array:
         """x [block, hidden] plus its attention to the context and to the block itself."""
         config, position = self.config, self._length + self._shift
-        h = rms_norm(x, layer.input_norm, config.rms_norm_eps)
-        queries = self._heads(linear(h, layer.q), config.num_heads)
+        norm = Norm(layer.input_norm, config.rms_norm_eps)
+        queries = self._heads(linear(x, layer.q, norm), config.num_heads)
         queries = rms_norm(queries, layer.q_norm, config.rms_norm_eps)
         queries = self._rope(queries, self._positions(position, config.block_size))
-        keys, values = cache.with_block(*self._keys_values(layer, h, position))
+        keys, values = cache.with_block(*self._keys_values(layer, norm, x, position))
         scale = config.head_dim**-0.5
         attended = block_attention(queries, keys, values, first, last, scale)
-        return x + linear(attended.swapaxes(0, 1).reshape(x.shape[0], -1), layer.o)
+        attended = attended.swapaxes(0, 1).reshape(x.shape[0], -1)
+        return linear(attended, layer.o, residual=x)
 
-    def _keys_values(self, layer: LayerWeights, rows: Array, position: int) -> tuple[Array, Array]:
-        """Keys, normalized and rotated, and values of rows [n, hidden]: [kv_heads, n, head_dim]."""
+    def _keys_values(
+        self, layer: LayerWeights, norm: Norm, rows: Array, position: int
+    ) -> tuple[Array, Array]:
+        """Keys, normalized and rotated, and values of norm(rows) for rows [n, hidden]: each
+        [kv_heads, n, head_dim]."""
         config = self.config
-        keys = self._heads(linear(rows, layer.k), config.num_kv_heads)
+        keys = self._heads(linear(rows, layer.k, norm), config.num_kv_heads)
         keys = rms_norm(keys, layer.k_norm, config.rms_norm_eps)
         keys = self._rope(keys, self._positions(position, rows.shape[0]))
-        return keys, self._heads(linear(rows, layer.v), config.num_kv_heads)
+        return keys, self._heads(linear(rows, layer.v, norm), config.num_kv_heads)
 
     def _heads(self, rows: Array, heads: int) -> Array:
         """[n, heads * head_dim] -> [heads, n, head_dim]."""

@@ -191,6 +191,7 @@ class Rope:
         self._cos = np.zeros((0, half), np.float32)
         self._sin = np.zeros((0, half), np.float32)
         self._last: tuple[np.ndarray, mx.array, mx.array] | None = None
+        self._asked: np.ndarray | None = None
 
     def __call__(self, x: Array, positions: np.ndarray) -> Array:
         """Rotate x [..., N, D] by positions int [N]; same shape and dtype, D >= dim.
@@ -205,8 +206,12 @@ class Rope:
         Every layer of a forward asks for the same positions: the last answer is kept.
         """
         if is_numpy(like):
-            self._reach(positions)
-            return self._cos[positions], self._sin[positions]
+            # Every layer of a pass hands over the same array.
+            if self._asked is not positions:
+                self._reach(positions)
+                self._asked = positions
+                self._rows = self._cos[positions], self._sin[positions]
+            return self._rows
         if self._last is None or not np.array_equal(self._last[0], positions):
             self._reach(positions)
             cos, sin = mx.array(self._cos[positions]), mx.array(self._sin[positions])

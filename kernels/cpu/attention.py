@@ -11,9 +11,11 @@ from specdec.kernels.attention import AttentionLayout, AttentionShape
 from specdec.kernels.cpu.decode import address
 from specdec.kernels.cpu.dots import STEP
 from specdec.kernels.cpu.exp import exp, sigmoid
-from specdec.kernels.cpu.jit import inlined, jit
+from specdec.kernels.cpu.jit import jit
 from specdec.kernels.cpu.norm import normalize
 from specdec.kernels.cpu.products import MOST, multiply
+from specdec.kernels.cpu.rope import turn
+from specdec.kernels.cpu.vectors import weigh
 from specdec.kernels.layout import TreeLayout
 from specdec.kernels.linear import Piece
 
@@ -103,23 +105,14 @@ def _inputs(  # type: ignore[no-untyped-def]
         for head in range(q.shape[0]):
             at = q_start + head * apart
             normalize(queries[row, at : at + dim], q_norm, q_eps, q[head, row])
-            _rotate(q[head, row], cos[row], sin[row])
+            turn(q[head, row], cos[row], sin[row])
         for head in range(k.shape[0]):
             at = k_start + head * dim
             normalize(keys[row, at : at + dim], k_norm, k_eps, k[head, row])
-            _rotate(k[head, row], cos[row], sin[row])
+            turn(k[head, row], cos[row], sin[row])
             at = v_start + head * dim
             for i in range(dim):
                 v[head, row, i] = values[row, at + i]
-
-
-@inlined
-def _rotate(x, cos, sin):  # type: ignore[no-untyped-def]
-    half = len(cos)
-    for i in range(half):
-        first, second = x[i], x[half + i]
-        x[i] = first * cos[i] - second * sin[i]
-        x[half + i] = second * cos[i] + first * sin[i]
 
 
 @jit
@@ -165,23 +158,19 @@ def attend(  # type: ignore[no-untyped-def]
                     for d in range(len(path)):
                         weights[last[row] + d] = weights[own + path[d]]
                     weights = weights[first[row] : last[row] + len(path)]
-                    peak = np.float32(-np.inf)
+                    peak = weights[0]
                     for at in range(len(weights)):
                         peak = max(peak, weights[at])
-                    sum_of_weights = np.float32(0)
                     for at in range(len(weights)):
                         weights[at] = exp(weights[at] - peak)
+                    sum_of_weights = np.float32(0)
+                    for at in range(len(weights)):
                         sum_of_weights += weights[at]
                     for i in range(dim):
                         total[i] = 0
-                    for at in range(count):
-                        value, weight = values[kv, first[row] + at], weights[at]
-                        for i in range(dim):
-                            total[i] += weight * value[i]
+                    weigh(values[kv], first[row], weights, 0, count, total)
                     for d in range(len(path)):
-                        value, weight = values[kv, own + path[d]], weights[count + d]
-                        for i in range(dim):
-                            total[i] += weight * value[i]
+                        weigh(values[kv], own + path[d], weights, count + d, 1, total)
                     share = 1 / sum_of_weights
                     to = out[row, head * dim : (head + 1) * dim]
                     if len(gates) > 0:

@@ -13,10 +13,10 @@ import math
 
 import numpy as np
 
-from specdec.kernels.cpu.exp import silu
+from specdec.kernels.cpu.exp import fma, silu
 from specdec.kernels.cpu.jit import jit
 from specdec.kernels.cpu.norm import normalize
-from specdec.kernels.cpu.recurrence import read, update
+from specdec.kernels.cpu.vectors import read, update
 from specdec.kernels.gated_delta import DeltaInputs, DeltaWeights, Tape
 from specdec.kernels.layout import TreeLayout
 
@@ -24,7 +24,11 @@ _NO_STATE = np.zeros((0, 0, 0), np.float32)
 
 
 def mix_tree(
-    inputs: DeltaInputs, weights: DeltaWeights, conv: np.ndarray, state: np.ndarray, tree: TreeLayout
+    inputs: DeltaInputs,
+    weights: DeltaWeights,
+    conv: np.ndarray,
+    state: np.ndarray,
+    tree: TreeLayout,
 ) -> tuple[np.ndarray, Tape]:
     """The mixer along every row's path, as kernels.gated_delta."""
     y, tape = _mix(inputs, weights, conv, state, tree.parents, _NO_STATE)
@@ -173,7 +177,10 @@ def _mix_rows(  # type: ignore[no-untyped-def]
         at = head // (heads // key_heads) * key_dim
         first = head * value_dim
         for row in range(rows):
-            key, query = tape[row, channels + at : channels + at + key_dim], queries[row, at : at + key_dim]
+            key, query = (
+                tape[row, channels + at : channels + at + key_dim],
+                queries[row, at : at + key_dim],
+            )
             delta = tape[row, channels + keys + first : channels + keys + first + value_dim]
             decay = tape[row, channels + keys + heads * value_dim + head]
             beta, value = betas[row, head], values[row, first : first + value_dim]
@@ -185,11 +192,17 @@ def _mix_rows(  # type: ignore[no-untyped-def]
                 product += key[i] * query[i]
             y = out[row, first : first + value_dim]
             for v in range(value_dim):
-                delta[v] = (value[v] - decay * by_key[v]) * beta
-                y[v] = decay * by_query[v] + product * delta[v]
+                delta[v] = fma(-decay, by_key[v], value[v]) * beta
+                y[v] = fma(product, delta[v], decay * by_query[v])
             final = len(last) > 0 and row == rows - 1
             if parent_of_any[row] or final:
-                update(source, decay, key, delta, last[head] if final else states[row & 1 if chain else row])
+                update(
+                    source,
+                    decay,
+                    key,
+                    delta,
+                    last[head] if final else states[row & 1 if chain else row],
+                )
             normalize(y, norm, eps, by_query)
             for v in range(value_dim):
                 y[v] = by_query[v] * silu(z[row, z_start + first + v])

@@ -1,7 +1,7 @@
-"""What a state of the gated delta rule is read and updated with, one head at a time.
+"""Sums of rows with factors, in vectors: reading and updating a state, weighing values.
 
-A state lies by key features, [key_dim, value_dim]: sums over keys then run over whole vectors, each
-lane a value feature of its own that adds in the order of the key features.
+Each lane is a feature of its own and adds in the order of the rows. A state of the gated delta rule
+lies by key features for that, [key_dim, value_dim].
 """
 
 from collections.abc import Callable, Sequence
@@ -54,8 +54,8 @@ class _Emitter:
         place = self.ir.add(base, self.ir.mul(feature, _INDEX(4)))
         return self.spread(self.ir.load(self.place(_FLOAT, place)))
 
-    def loop(self, size: Any, sums: int, body: Callable[..., list[Any]]) -> list[Any]:
-        """`sums` vectors, from zero, over key features: body(feature, sums) gives the next."""
+    def loop(self, size: Any, start: list[Any], body: Callable[..., list[Any]]) -> list[Any]:
+        """Sums over rows, from `start`: body(row, sums) gives the next; at least one row."""
         b = self.ir
         before = b.block
         loop, after = b.append_basic_block("keys"), b.append_basic_block("keys.end")
@@ -63,12 +63,12 @@ class _Emitter:
         b.position_at_end(loop)
         feature = b.phi(_INDEX)
         feature.add_incoming(_INDEX(0), before)
-        phis = [b.phi(_VECTOR) for _ in range(sums)]
+        phis = [b.phi(_VECTOR) for _ in start]
         added = body(feature, phis)
         following = b.add(feature, _INDEX(1))
         feature.add_incoming(following, loop)
-        for phi, total in zip(phis, added, strict=True):
-            phi.add_incoming(ir.Constant(_VECTOR, [0.0] * LANES), before)
+        for phi, first, total in zip(phis, start, added, strict=True):
+            phi.add_incoming(first, before)
             phi.add_incoming(total, loop)
         b.cbranch(b.icmp_signed("<", following, size), loop, after)
         b.position_at_end(after)
@@ -97,7 +97,7 @@ def _reader(blocks: int) -> Callable[..., None]:
                         added.append(builder.call(emit.fma, [values, factor, sums[len(added)]]))
                 return added
 
-            totals = emit.loop(size, 2 * blocks, body)
+            totals = emit.loop(size, [ir.Constant(_VECTOR, [0.0] * LANES)] * 2 * blocks, body)
             for index, total in enumerate(totals):
                 emit.store(total, outs[index % 2], index // 2)
             return context.get_dummy_value()
@@ -129,7 +129,7 @@ def _updater(blocks: int) -> Callable[..., None]:
                     emit.store(builder.call(emit.fma, [deltas[block], factor, faded]), to, block)
                 return []
 
-            emit.loop(size, 0, body)
+            emit.loop(size, [], body)
             return context.get_dummy_value()
 
         arguments = [types.int64] * 2 + [types.float32] + [types.int64] * 4
@@ -138,8 +138,57 @@ def _updater(blocks: int) -> Callable[..., None]:
     return update
 
 
+def _weigher(blocks: int) -> Callable[..., None]:
+    """The intrinsic for `blocks` vectors of features."""
+
+    @intrinsic
+    def weigh(typing, values, pitch, weights, size, total):  # type: ignore[no-untyped-def]
+        """total += weights . values, `size` rows `pitch` bytes apart."""
+
+        def generate(context: Any, builder: Any, signature: Any, args: Sequence[Any]) -> Any:
+            values, pitch, weights, size, total = args
+            emit = _Emitter(builder)
+
+            def body(row: Any, sums: list[Any]) -> list[Any]:
+                factor = emit.at(weights, row)
+                place = builder.add(values, builder.mul(row, pitch))
+                return [
+                    builder.call(emit.fma, [emit.load(place, block), factor, sums[block]])
+                    for block in range(blocks)
+                ]
+
+            start = [emit.load(total, block) for block in range(blocks)]
+            for block, vector in enumerate(emit.loop(size, start, body)):
+                emit.store(vector, total, block)
+            return context.get_dummy_value()
+
+        return types.void(*[types.int64] * 5), generate
+
+    return weigh
+
+
+_weigh1, _weigh4 = _weigher(1), _weigher(4)
 _read1, _read4 = _reader(1), _reader(4)
 _update1, _update4 = _updater(1), _updater(4)
+
+
+@inlined
+def weigh(values, first, weights, start, count, total):  # type: ignore[no-untyped-def]
+    """total += weights[start:] . values[first:], `count` of them; values [n, dim], total [dim]."""
+    size = len(total)
+    pitch = values.strides[0]
+    base, w, to = address(values) + first * pitch, address(weights) + 4 * start, address(total)
+    done = 0
+    if count > 0:
+        while done + 4 * LANES <= size:
+            _weigh4(base + 4 * done, pitch, w, count, to + 4 * done)
+            done += 4 * LANES
+        while done + LANES <= size:
+            _weigh1(base + 4 * done, pitch, w, count, to + 4 * done)
+            done += LANES
+    for at in range(count if done < size else 0):
+        for i in range(done, size):
+            total[i] = fma(weights[start + at], values[first + at, i], total[i])
 
 
 @inlined
