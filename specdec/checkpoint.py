@@ -105,6 +105,11 @@ class Checkpoint:
                 os.close(descriptor)
             raise
 
+    def attach(self, file: Path) -> None:
+        """Open another file, for `pread_into` to read from and `close` to close."""
+        if file not in self._descriptors:
+            self._descriptors[file] = open_shard(file)
+
     def close(self) -> None:
         """Close the files. Reading afterwards is an error; closing twice is not."""
         while self._descriptors:
@@ -120,6 +125,10 @@ class Checkpoint:
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+    def descriptor(self, file: Path) -> int:
+        """The open descriptor of a file; the checkpoint closes it."""
+        return self._descriptors[file]
 
     def info(self, name: str, shape: tuple[int, ...] | None = None) -> TensorInfo:
         """The header entry of a tensor that must exist, with this shape if one is given."""

@@ -10,7 +10,7 @@ import numpy as np
 from specdec.kernels.experts import ExpertWeights
 from specdec.kernels.weight import Weight
 from specdec.shards import FLOATS
-from specdec.target.expert_store import PROJECTIONS, Geometry
+from specdec.target.store import PROJECTIONS, Geometry
 
 
 class ExpertBank:

@@ -18,8 +18,9 @@ import numpy as np
 from specdec.kernels.array import Array, concatenate, to_numpy
 from specdec.kernels.experts import ExpertWeights
 from specdec.target.expert_bank import ExpertBank
-from specdec.target.expert_store import ExpertStore, Geometry
+from specdec.target.expert_store import ExpertStore
 from specdec.target.pins import share_slots
+from specdec.target.store import Geometry
 
 UNCOUNTED = 4096  # uses of pinned layers that are counted together
 

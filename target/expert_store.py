@@ -8,60 +8,21 @@ Refuses experts under other names or one by one, shapes that do not follow from 
 packings that contradict it.
 """
 
-import math
-from dataclasses import dataclass
-
 import mlx.core as mx
 import numpy as np
 
 from specdec.checkpoint import Checkpoint
 from specdec.errors import CheckpointError
-from specdec.quantization import Quantization
-from specdec.shards import FLOATS, ITEM_BYTES, TensorInfo
+from specdec.shards import TensorInfo
 from specdec.target.config import TargetConfig
+from specdec.target.store import PROJECTIONS, ExpertTensor, Geometry, Span, StoreFile
 
-PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 # Conversions read this much at a time when a whole layer is loaded.
 STAGING_BYTES = 16 << 20
 
 
-@dataclass(frozen=True)
-class ExpertTensor:
-    """One expert's slice of one tensor: `shape` without the expert axis, dtype as on disk."""
-
-    projection: str
-    tensor: str  # weight, scales or biases
-    shape: tuple[int, ...]
-    dtype: str
-
-    @property
-    def bytes_on_disk(self) -> int:
-        return math.prod(self.shape) * ITEM_BYTES[self.dtype]
-
-    def bytes_resident(self, dtype: mx.Dtype) -> int:
-        """Bytes in a bank: packed weights as they are, floats in `dtype`."""
-        size = dtype.size if self.dtype in FLOATS else ITEM_BYTES[self.dtype]
-        return math.prod(self.shape) * size
-
-
-@dataclass(frozen=True)
-class Geometry:
-    """What an expert of a layer is made of; layers of equal geometry can share slots.
-
-    tensors: gate, up, down in this order, each as weight or as weight, scales, biases.
-    quantizations: of gate, up, down; None where dense.
-    """
-
-    tensors: tuple[ExpertTensor, ...]
-    quantizations: tuple[Quantization | None, ...]
-
-    def bytes_resident(self, dtype: mx.Dtype) -> int:
-        """Bytes of one expert in memory, floats in `dtype`."""
-        return sum(tensor.bytes_resident(dtype) for tensor in self.tensors)
-
-
 class ExpertStore:
-    """The experts of all MoE layers of a checkpoint, on disk."""
+    """The experts of all MoE layers of a checkpoint, on disk: a Store."""
 
     def __init__(self, checkpoint: Checkpoint, config: TargetConfig) -> None:
         """Check names, shapes and packings of every MoE layer; CheckpointError names the tensor."""
@@ -80,6 +41,9 @@ class ExpertStore:
             )
             for layer, infos in self._infos.items()
         }
+        paths = {info.file for infos in self._infos.values() for info in infos}
+        self.files = tuple(StoreFile(path, checkpoint.descriptor(path)) for path in sorted(paths))
+        self._places = {file.path: at for at, file in enumerate(self.files)}
 
     def geometry(self, layer: int) -> Geometry:
         return self._geometries[layer]
@@ -87,6 +51,14 @@ class ExpertStore:
     def infos(self, layer: int) -> tuple[TensorInfo, ...]:
         """The stacked tensors of a layer, in the order of its geometry's `tensors`."""
         return self._infos[layer]
+
+    def spans(self, layer: int, expert: int) -> tuple[Span, ...]:
+        """As Store says: a slice of each stacked tensor."""
+        spans = []
+        for info in self._infos[layer]:
+            each = info.nbytes // self.num_experts
+            spans.append(Span(self._places[info.file], info.offset + expert * each, each))
+        return tuple(spans)
 
     def reading_order(self, layer: int) -> tuple[int, ...]:
         """Indexes of a layer's tensors, ascending by file and offset."""
