@@ -31,6 +31,7 @@ from specdec.target.expert_store import ExpertStore
 from specdec.target.manifest import Manifest
 from specdec.target.model import Target
 from specdec.target.repacked_index import is_repacked
+from specdec.target.repacked_store import open_store
 from specdec.tokenizer import Tokenizer
 
 GB = 1_000_000_000
@@ -136,7 +137,7 @@ def load(
 
 def _open(settings: Settings, stack: ExitStack) -> _Headers:
     target_folder, draft_folder = folders(settings)
-    is_repacked(target_folder)
+    is_repacked(target_folder)  # refuses an unfinished one before looking for its tensors
     target = stack.enter_context(Checkpoint.open(target_folder))
     config = TargetConfig.of(target)
     draft = None
@@ -145,7 +146,7 @@ def _open(settings: Settings, stack: ExitStack) -> _Headers:
         source = str(draft_folder / "config.json")
         draft = checkpoint, DraftConfig.from_dict(checkpoint.config, source)
         check_pairing(draft[1], config)
-    store = ExpertStore(target, config)
+    store = open_store(target, config)
     Manifest.of(target, config)
     return _Headers(target, config, draft, store, _backend(target, config, settings.kernels))
 

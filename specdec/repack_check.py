@@ -16,6 +16,13 @@ def verify(
     Returns the index and the bytes that were hashed. CheckpointError or RepackError names the file.
     """
     index = RepackedIndex.read(folder)
+    for name, entry in index.files.items():
+        try:
+            found = (folder / name).stat().st_size
+        except OSError as error:
+            raise RepackError(f"{folder / name}: is missing: {error.strerror}") from error
+        if found != entry.size:
+            raise RepackError(f"{folder / name}: {found} bytes, expected {entry.size}")
     if not hashes:
         return index, 0
     done, total = 0, sum(entry.size for entry in index.files.values())
@@ -27,10 +34,10 @@ def verify(
             on_progress(done, total)
 
     for name, entry in index.files.items():
-        found = sha256_of(folder / name, RepackError, step)
-        if found != entry.sha256:
+        digest = sha256_of(folder / name, RepackError, step)
+        if digest != entry.sha256:
             raise RepackError(
-                f"{folder / name}: content has sha256 {found}, expected {entry.sha256}: the file "
+                f"{folder / name}: content has sha256 {digest}, expected {entry.sha256}: the file "
                 "is damaged"
             )
     return index, done

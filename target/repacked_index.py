@@ -85,8 +85,8 @@ class RepackedIndex:
 
     @classmethod
     def read(cls, folder: Path) -> Self:
-        """Read and check the index of a folder; no data is read. CheckpointError says what is
-        wrong with it."""
+        """Read and check the index of a folder, and the sizes of the files with tensors; no data
+        is read. CheckpointError says what is wrong."""
         path = folder / INDEX
         raw = read_json(path)
         if raw.get("format") != FORMAT or raw.get("schema") != SCHEMA:
@@ -125,6 +125,8 @@ class RepackedIndex:
         for name, entry in self.files.items():
             if Path(name).name != name:
                 raise CheckpointError(f"{path}: names {name!r}, expected a plain file name")
+            if not name.endswith((".bin", ".safetensors")):
+                continue  # a config may be edited; `specdec inspect` tells
             try:
                 size = (folder / name).stat().st_size
             except OSError as error:

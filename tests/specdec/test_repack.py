@@ -326,8 +326,8 @@ CHANGES = {
     ),
     "records of": lambda d: d["layers"][0].update(stride=16384 * 99),
     "plain file name": lambda d: d["files"].update({"../x": {"size": 1, "sha256": ""}}),
-    "is missing": lambda d: d["files"].update({"x": {"size": 1, "sha256": ""}}),
-    "expected 1 as": lambda d: d["files"]["config.json"].update(size=1),
+    "is missing": lambda d: d["files"].update({"x.bin": {"size": 1, "sha256": ""}}),
+    "expected 1 as": lambda d: d["files"]["model.safetensors"].update(size=1),
     "broken": lambda d: d["layers"][0].update(places=["a"]),
     "quantization 7": lambda d: d["layers"][0]["quantization"][0].update(bits=7),
     "dtype 'Q4'": lambda d: d["layers"][0]["tensors"][0].update(dtype="Q4"),
@@ -339,6 +339,16 @@ def test_an_index_that_lies_is_refused(good, tmp_path, words):
     out = broken(good, tmp_path, CHANGES[words])
     with pytest.raises(CheckpointError, match=words):
         RepackedIndex.read(out)
+
+
+def test_an_edited_config_loads_and_is_told_by_the_check(good, tmp_path):
+    out = broken(good, tmp_path, lambda d: d["files"]["config.json"].update(size=1))
+    RepackedIndex.read(out)
+    with pytest.raises(RepackError, match=r"config\.json: \d+ bytes, expected 1"):
+        verify(out, hashes=False)
+    (out / "config.json").unlink()
+    with pytest.raises(RepackError, match=r"config\.json: is missing"):
+        verify(out, hashes=False)
 
 
 def test_a_flipped_bit_is_found_by_its_hash(good, tmp_path):
