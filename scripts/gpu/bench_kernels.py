@@ -1,7 +1,9 @@
 """Each kernel by itself at the real geometry: microseconds, bytes, share of a copy's rate."""
 
+import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache, partial
 from typing import Any
 
 import mlx.core as mx
@@ -9,11 +11,11 @@ import numpy as np
 
 from scripts.gpu import inputs
 from scripts.gpu.geometry import Geometry
-from scripts.gpu.timing import CACHE_BYTES, Stopwatch, Timed, copy_rate
+from scripts.gpu.timing import CACHE_BYTES, Stopwatch, Timed, copy_rate, linked
 from scripts.gpu.trees import Mixer, bush
 from specdec.kernels.attention import AttentionLayout, attention_inputs, tree_attention
 from specdec.kernels.executor import gpu_kernels
-from specdec.kernels.experts import feed_forward
+from specdec.kernels.experts import ExpertWeights, feed_forward
 from specdec.kernels.gated_delta import mix_tree, replay
 from specdec.kernels.gpu.limits import refused
 from specdec.kernels.layout import TreeLayout
@@ -56,18 +58,25 @@ def of_route(rows: int, g: Geometry) -> Bench:
     return Bench("route", x, call, x.nbytes)
 
 
-def of_experts(rows: int, g: Geometry, bank: Any) -> Bench:
+@cache
+def _bank(g: Geometry) -> ExpertWeights:
+    bank = inputs.bank(T, g, g.num_experts)
+    mx.eval(*(array for w in (bank.gate, bank.up, bank.down) for array in w.arrays))
+    return bank
+
+
+def of_experts(rows: int, g: Geometry) -> Bench:
     """With the shared expert; the rows' experts are chosen at random."""
     sets, norm = 16, inputs.norm(T, g.hidden_size)
     logits = [inputs.normal(T, rows, g.num_experts + 1, scale=2) for _ in range(sets)]
     routings = [route(Piece(y, 0, g.num_experts), g.num_experts_per_tok, True) for y in logits]
     shared = inputs.shared_expert(T, g)
-    table_ = mx.arange(g.num_experts, dtype=mx.int32)
+    table_, bank = mx.arange(g.num_experts, dtype=mx.int32), _bank(g)
     x = inputs.normal(T, rows, g.hidden_size)
     mx.eval(
         x, table_, *(a for r in routings for a in (r.experts, r.weights, r.union) if a is not None)
     )
-    union = np.mean([len(np.unique(np.array(r.experts))) for r in routings])
+    union = statistics.mean([len(np.unique(np.array(r.experts))) for r in routings])
     each = sum(w.nbytes for w in (bank.gate, bank.up, bank.down)) / g.num_experts
     own = sum(w.nbytes for w in (shared.gate, shared.up, shared.down))
 
@@ -119,74 +128,96 @@ def of_mixer(rows: int, g: Geometry) -> Bench:
     return Bench("mix_tree", x, call, states[0].nbytes + x.nbytes, sets)
 
 
-def time_replay(watch: Stopwatch, rows: int, g: Geometry, layers: int) -> tuple[Timed, float]:
-    """All layers after half of a chain, each call on the states that the one before left."""
-    mixer = Mixer(g, T, rows, chain=True)
-    tree, path = TreeLayout(mixer.parents), list(range((rows + 1) // 2))
-    convs = [inputs.delta_state(T, g)[0] for _ in range(layers)]
-    states = [inputs.delta_state(T, g)[1] for _ in range(layers)]
-    tapes = [
-        mix_tree(mixer.inputs, mixer.weights, conv, state, tree)[1]
-        for conv, state in zip(convs, states, strict=True)
-    ]
-    mx.eval(*convs, *states, *(array for tape in tapes for array in tape.arrays))
+class Replay:
+    """Half of a chain committed in all layers, each call on the states that the one before left."""
 
-    def build() -> list[mx.array]:
-        after = convs, states
-        for _ in range(4):
-            after = replay(*after, tapes, path)
-        return [*after[0], *after[1]]
+    TIMES = 4
 
-    return watch.natural(build, 4), layers * 2 * states[0].nbytes
+    def __init__(self, rows: int, g: Geometry, layers: int) -> None:
+        mixer, self.path = Mixer(g, T, rows, chain=True), list(range((rows + 1) // 2))
+        tree = TreeLayout(mixer.parents)
+        before = [inputs.delta_state(T, g) for _ in range(layers)]
+        self.convs, self.states = ([one[at] for one in before] for at in (0, 1))
+        self.tapes = [mix_tree(mixer.inputs, mixer.weights, *one, tree)[1] for one in before]
+        arrays = [array for tape in self.tapes for array in tape.arrays]
+        mx.eval(*self.convs, *self.states, *arrays)
+
+    def build(self) -> list[mx.array]:
+        convs, states = self.convs, self.states
+        for _ in range(self.TIMES):
+            convs, states = replay(convs, states, self.tapes, self.path)
+        return [*convs, *states]
 
 
-def run(g: Geometry, rows: Sequence[int], repeats: int) -> dict[str, Any]:
-    """Figures of all kernels, and the table."""
-    mx.random.seed(0)
-    watch, rate = Stopwatch(repeats), copy_rate()
-    print(f"copy: {rate / 1e9:.0f} GB/s, read and written")
+def makers(g: Geometry) -> list[Callable[[int], Bench]]:
+    """What is timed, for a number of rows."""
     hidden, inner = g.hidden_size, g.num_attention_heads * g.head_dim
     fused = g.conv_channels + g.values + 2 * g.linear_num_value_heads
-    bank = inputs.bank(T, g, g.num_experts)
-    mx.eval(*(array for w in (bank.gate, bank.up, bank.down) for array in w.arrays))
-    makers: list[Callable[[int], Bench]] = [
+    return [
         lambda n: of_linear(n, fused, hidden, 4, False),
         lambda n: of_linear(n, g.q_features + 2 * g.kv_features, hidden, 4, False),
         lambda n: of_linear(n, hidden, inner, 4, True),
         lambda n: of_linear(n, g.num_experts + 1, hidden, 8, False),
         lambda n: of_linear(n, g.vocab_size, hidden, 4, False),
         lambda n: of_route(n, g),
-        lambda n: of_experts(n, g, bank),
+        lambda n: of_experts(n, g),
         lambda n: of_attention_inputs(n, g),
         lambda n: of_attention(n, g),
         lambda n: of_mixer(n, g),
     ]
+
+
+def warm(g: Geometry, rows: Sequence[int], which: int) -> None:
+    """Compile what one of the makers needs, for the other processes of this machine."""
+    for n in rows:
+        with gpu_kernels(True):
+            bench = makers(g)[which](n) if which < len(makers(g)) else None
+        for on in (True, False):
+            with gpu_kernels(on):
+                if bench is not None:
+                    mx.eval(linked(bench.x, bench.call(bench.x, 0)))
+                elif n > 1:
+                    mx.eval(Replay(n, g, 4).build())
+
+
+def run(g: Geometry, rows: Sequence[int], repeats: int, kernels: bool) -> dict[str, Any]:
+    """Figures of all kernels, and the table. kernels: False to try this out without them."""
+    mx.random.seed(0)
+    watch, rate = Stopwatch(repeats), copy_rate()
+    print(f"copy: {rate / 1e9:.0f} GB/s, read and written", flush=True)
     figures: list[dict[str, Any]] = []
-    for make in makers:
+
+    def add(name: str, n: int, nbytes: float, time: Callable[[], Timed]) -> None:
+        timed: dict[bool, Timed] = {}
+        failure = ""
+        for on in (True, False):
+            known = len(refused)
+            try:
+                with gpu_kernels(on and kernels):
+                    timed[on] = time()
+                failure = failure or "; ".join(list(refused)[known:])
+            except Exception as error:
+                failure = f"{type(error).__name__}: {str(error)[:300]}"
+        figures.append(_figure(name, n, timed, nbytes, rate, failure))
+        took = ", ".join(f"{'ours' if on else 'MLX'} {t.device:.1f}" for on, t in timed.items())
+        print(f"{name}, {n} rows: {took} us {failure}", flush=True)
+
+    for make in makers(g):
         for n in rows:
-            with gpu_kernels(True):  # the union of the rows' experts is made by the kernel
+            with gpu_kernels(kernels):  # the union of the rows' experts is made by the kernel
                 bench = make(n)
             count = max(bench.sets, 24)
-            timed: dict[bool, Timed] = {}
-            failure = ""
-            for on in (True, False):
-                known = len(refused)
-                try:
-                    with gpu_kernels(on):
-                        timed[on] = watch.chain(bench.call, bench.x, count)
-                    failure = failure or "; ".join(list(refused)[known:])
-                except Exception as error:
-                    failure = f"{type(error).__name__}: {str(error)[:300]}"
-            figures.append(_figure(bench.name, n, timed, bench.nbytes, rate, failure))
+            chain = partial(watch.chain, bench.call, bench.x, count)
+            add(bench.name, n, bench.nbytes, chain)
+    layers = 30 if g.hidden_size >= 1024 else 4
     for n in (n for n in rows if n > 1):  # after one row nothing is left to replay
-        timed, nbytes = {}, 0.0
-        try:
-            for on in (True, False):
-                with gpu_kernels(on):
-                    timed[on], nbytes = time_replay(watch, n, g, 30 if g.hidden_size > 999 else 3)
-            figures.append(_figure("replay, all layers", n, timed, nbytes, rate, ""))
-        except Exception as error:
-            figures.append(_figure("replay", n, timed, nbytes, rate, str(error)[:300]))
+
+        def time(n: int = n) -> Timed:  # tapes are the executor's own
+            return watch.natural(Replay(n, g, layers).build, Replay.TIMES)
+
+        nbytes = layers * 2 * inputs.delta_state(T, g)[1].nbytes
+        add("replay, all layers", n, nbytes, time)
+    print()
     tell(figures)
     return {"copy_bytes_per_second": rate, "kernels": figures}
 
