@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from specdec.checkpoint import Checkpoint
 from specdec.target.config import TargetConfig
+from specdec.target.repacked_index import RepackedIndex
 
 NOT_READ = "not read"
 """The part of tensors that the engine skips: vision towers, multi-token heads."""
@@ -40,14 +41,21 @@ class Part:
     packings: tuple[tuple[str, int], ...]
 
 
-def parts(checkpoint: Checkpoint, config: TargetConfig) -> tuple[Part, ...]:
-    """All tensors of the checkpoint by kind, in the order of the forward pass."""
+def parts(
+    checkpoint: Checkpoint, config: TargetConfig, repacked: RepackedIndex | None = None
+) -> tuple[Part, ...]:
+    """All tensors of the checkpoint by kind, in the order of the forward pass.
+
+    repacked: the index of its experts where they lie in files of their own.
+    """
     names: dict[str, list[str]] = {}
     for name in checkpoint.tensors:
         names.setdefault(_part(name, config), []).append(name)
     order = [*dict.fromkeys(part for part, _ in _MARKS), "head", NOT_READ]
     found = []
     for part in order:
+        if part == "experts" and repacked is not None:
+            found.append(_repacked(repacked))
         if part not in names:
             continue
         packings: Counter[str] = Counter()
@@ -110,9 +118,14 @@ def architecture(config: TargetConfig) -> tuple[tuple[str, str], ...]:
     return tuple(rows)
 
 
-def parameters(checkpoint: Checkpoint, config: TargetConfig) -> int:
+def parameters(
+    checkpoint: Checkpoint, config: TargetConfig, repacked: RepackedIndex | None = None
+) -> int:
     """Number of weights that the engine reads, packed ones counted one by one."""
     count = 0
+    if repacked is not None:
+        experts = sum(len(layer.places) for layer in repacked.layers)
+        count = 3 * experts * config.hidden_size * config.moe_intermediate_size
     for name, info in checkpoint.tensors.items():
         if _part(name, config) == NOT_READ or name.endswith((".scales", ".biases")):
             continue
@@ -122,6 +135,22 @@ def parameters(checkpoint: Checkpoint, config: TargetConfig) -> int:
             elements = elements // info.shape[-1] * _inputs(path, config)
         count += elements
     return count
+
+
+def _repacked(index: RepackedIndex) -> Part:
+    """The experts of a repacked folder, padding included; tensors are counted as if stacked."""
+    packings: Counter[str] = Counter()
+    for layer in index.layers:
+        for packing, weight in zip(
+            layer.quantizations, (s for s in layer.slices if s.tensor == "weight"), strict=True
+        ):
+            packings[str(packing) if packing else weight.dtype] += 1
+    return Part(
+        "experts",
+        sum(len(layer.slices) for layer in index.layers),
+        sum(layer.nbytes for layer in index.layers),
+        tuple(packings.most_common()),
+    )
 
 
 def _part(name: str, config: TargetConfig) -> str:

@@ -27,12 +27,17 @@ from specdec.units import size, table
     show_default=True,
     help="Tree nodes to plan for.",
 )
+@click.option(
+    "--verify", is_flag=True, help="Of a repacked folder: read every byte and compare its hash."
+)
 def inspect(**options: Any) -> None:
     """Print a target's architecture, the size and packing of its parts, and its memory plan.
 
-    MODEL is a folder or a Hugging Face repository; without it, the demo pair. Reads headers only.
+    MODEL is a folder or a Hugging Face repository; without it, the demo pair. Reads headers only,
+    unless --verify is given. A repacked folder is checked against its index.
     """
     from specdec.checkpoint import Checkpoint
+    from specdec.commands import repacked as repacked_folder
     from specdec.commands import session
     from specdec.inspection import architecture, parameters, parts
     from specdec.kernels.array import choose_backend
@@ -41,13 +46,15 @@ def inspect(**options: Any) -> None:
 
     settings = session.settings(options, options["context"], options["budget"])
     folder, _ = folders(settings)
+    index, words = repacked_folder.check(folder, options["verify"])
     with Checkpoint.open(folder) as checkpoint:
         config = TargetConfig.of(checkpoint)
-        found = parts(checkpoint, config)
-        count = parameters(checkpoint, config)
+        found = parts(checkpoint, config, index)
+        count = parameters(checkpoint, config, index)
         backend = choose_backend()
         rows = [
             ("model", str(folder)),
+            *words,
             *architecture(config),
             ("parameters", f"{count / 1e6:,.1f} M"),
             ("runs on", f"{backend.name} kernels: {backend.why}"),

@@ -361,3 +361,30 @@ def test_a_flipped_bit_is_found_by_its_hash(good, tmp_path):
     verify(out, hashes=False)
     with pytest.raises(RepackError, match=hashlib.sha256(data).hexdigest()):
         verify(out, hashes=True)
+
+
+# --- inspect
+
+
+def test_inspect_shows_and_verifies_a_repacked_folder(tmp_path):
+    pair = write_pair(tmp_path)
+    out = tmp_path / "out"
+    assert run("repack", pair.target, out).exit_code == 0
+    plain, repacked = run("inspect", pair.target), run("inspect", out)
+    assert repacked.exit_code == 0, repacked.stderr
+    assert "repacked      from target, order of experts: identity" in repacked.stdout
+    assert "their sizes are right" in repacked.stdout
+
+    def line(done, word):
+        return next(one.split() for one in done.stdout.splitlines() if one.startswith(word))
+
+    assert line(plain, "parameters") == line(repacked, "parameters")
+    assert line(plain, "experts  ")[4:] == line(repacked, "experts  ")[4:]  # padding aside
+    done = run("inspect", out, "--verify")
+    assert "as their hashes say" in done.stdout
+    data = bytearray((out / "experts-00001.bin").read_bytes())
+    data[7] ^= 1
+    (out / "experts-00001.bin").write_bytes(data)
+    assert run("inspect", out).exit_code == 0
+    assert fails(run("inspect", out, "--verify"), "experts-00001.bin", "damaged")
+    assert fails(run("inspect", pair.target, "--verify"), "no repacked folder")
