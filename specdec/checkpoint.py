@@ -10,6 +10,7 @@ config says about bits and group size. A leaf: imports no room.
 """
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -45,12 +46,15 @@ MLX_DTYPES = {
 READ_BYTES = 1 << 30
 
 
-def read_at(descriptor: int, buffer: memoryview, offset: int) -> int:
-    """One positioned read into `buffer`; the number of bytes read (0 at the end of the file).
+def read_at(descriptor: int, buffers: memoryview | Sequence[memoryview], offset: int) -> int:
+    """One positioned read into a buffer, or into several one after the other; the number of bytes
+    read (0 at the end of the file).
 
     Every byte of every weight passes through here.
     """
-    return os.preadv(descriptor, [buffer], offset)
+    if isinstance(buffers, memoryview):
+        buffers = [buffers]
+    return os.preadv(descriptor, buffers, offset)
 
 
 class Checkpoint:
