@@ -82,9 +82,8 @@ class Layer:
 
         bank = matrices(experts, inner=inner, packing=packing, down=down or packing)
         table = mx.array(rng.permutation(experts).astype(np.int32))
-        alone = None
-        if shared != "none":
-            alone = SharedExpert(*matrices(inner=shared_inner, packing=shared, down=shared))
+        same = {"packing": shared, "down": shared}
+        alone = None if shared == "none" else SharedExpert(*matrices(inner=shared_inner, **same))
         norm = Norm(mx.array(1 + 0.1 * normal(rng, hidden)).astype(dtype), EPS)
         return cls(norm, ExpertWeights(*bank), table, alone, dtype)
 
