@@ -23,11 +23,9 @@ def check(folder: Path, hashes: bool) -> "tuple[RepackedIndex | None, list[tuple
         return None, []
     index, done = verify(folder, hashes, Console(quiet=False).progress("verifying:"))
     records = " or ".join(size(one) for one in sorted({layer.stride for layer in index.layers}))
-    checked = (
-        f"{size(done)} as their hashes say"
-        if hashes
-        else "their sizes are right; --verify reads them"
-    )
+    checked = "their sizes are right; --verify reads them"
+    if hashes:
+        checked = f"{size(done)} as their hashes say"
     return index, [
         ("repacked", f"from {index.source['model']}, order of experts: {index.order}"),
         ("", f"{len(index.layers)} layer files, {records} for each expert, aligned to 16 KiB"),
