@@ -15,7 +15,8 @@ import os
 import subprocess
 import sys
 import tempfile
-from contextlib import nullcontext
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
@@ -56,16 +57,19 @@ def run_part(part: str, args: argparse.Namespace) -> dict[str, Any]:
     return bench_demo.run([1, 4] if few else args.budgets, prompts, count, total, args.shim)
 
 
-def _compile(command: list[str]) -> None:
+def _compile(command: list[str], rows: list[int]) -> None:
     """Fill MLX's cache of compiled kernels on all cores: one process would take minutes."""
     start = perf_counter()
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    running = [subprocess.Popen([*command, "--warm", str(i)], **quiet) for i in range(11)]  # type: ignore[call-overload]
-    for process in running:
-        try:
-            process.wait(max(1, start + 150 - perf_counter()))
-        except subprocess.TimeoutExpired:
-            process.kill()
+
+    def warm(which: int, rows: int) -> None:
+        options = ["--warm", str(which), "--rows", str(rows)]
+        with suppress(subprocess.TimeoutExpired):
+            subprocess.run([*command, *options], timeout=150, **quiet)  # type: ignore[call-overload]
+
+    jobs = [(which, n) for n in sorted(rows, reverse=True) for which in (6, 8, *range(6), 7, 9, 10)]
+    with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
+        list(pool.map(warm, *zip(*jobs, strict=True)))
     print(f"compiled in {perf_counter() - start:.0f} s", flush=True)
 
 
@@ -108,7 +112,7 @@ def main() -> None:
         return
     document: dict[str, Any] = {"about": about()}
     options = [word for word in sys.argv[1:] if word not in PARTS]
-    failed = False
+    failed = compiled = False
     with tempfile.TemporaryDirectory() as scratch:
         for part in args.parts:
             print(f"\n== {part}", flush=True)
@@ -116,8 +120,9 @@ def main() -> None:
             # more operations a batch: the host may then run ahead of what is timed
             ahead = {"MLX_MAX_OPS_PER_BUFFER": "1000"} if part == "kernels" else {}
             command = [sys.executable, "-m", "scripts.gpu.bench", part, *options]
-            if part == "kernels" and mx.cuda.is_available():
-                _compile(command)
+            if part in ("kernels", "model") and mx.cuda.is_available() and not compiled:
+                _compile([*command[:3], "kernels", *options], args.rows)
+                compiled = True
             done = subprocess.run(
                 [*command, "--child", str(file)],
                 env={"PYTHONUNBUFFERED": "1", **os.environ, **ahead},
