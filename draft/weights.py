@@ -61,9 +61,14 @@ class DraftWeights:
         return cls(**files.read(_top(config), backend), layers=layers)
 
 
-def weight_bytes(checkpoint: Checkpoint, config: DraftConfig, dtype: mx.Dtype) -> int:
-    """Resident bytes of the draft's weights; checks all of them and reads none."""
-    return _Files(checkpoint, config).check(dtype.size)
+def weight_bytes(
+    checkpoint: Checkpoint, config: DraftConfig, dtype: mx.Dtype, as_stored: bool = False
+) -> int:
+    """Resident bytes of the draft's weights; checks all of them and reads none.
+
+    as_stored: whether dense bfloat16 matrices stay what they are (see Weight.load).
+    """
+    return _Files(checkpoint, config).check(dtype.size, as_stored)
 
 
 # field -> (name in the file, shape): a vector is a norm, a matrix a linear layer
@@ -103,7 +108,7 @@ class _Files:
     def __init__(self, checkpoint: Checkpoint, config: DraftConfig) -> None:
         self.checkpoint, self.config = checkpoint, config
 
-    def check(self, itemsize: int = 4) -> int:
+    def check(self, itemsize: int = 4, as_stored: bool = False) -> int:
         """Names, shapes, dtypes and packing of everything; the resident bytes."""
         tables = [("", _top(self.config))]
         tables += [(f"layers.{i}.", _layer(self.config)) for i in range(self.config.num_layers)]
@@ -116,10 +121,11 @@ class _Files:
                     info = self.checkpoint.tensors.get(f"{path}.{part}")
                     if info is not None:
                         known.add(info.name)
-                        items = (
-                            info.nbytes if info.dtype == "U32" else math.prod(info.shape) * itemsize
-                        )
-                        total += items
+                        kept = as_stored and info.dtype == "BF16" and part == "weight"
+                        if info.dtype == "U32" or (kept and len(shape) == 2):
+                            total += info.nbytes
+                        else:
+                            total += math.prod(info.shape) * itemsize
                 self._check_module(path, shape)
         surplus = [
             name
@@ -143,7 +149,9 @@ class _Files:
                 found[field] = backend.load(self.checkpoint, f"{path}.weight", shape)
             else:
                 out, columns = shape
-                found[field] = Weight.load(self.checkpoint, path, out, columns, backend)
+                found[field] = Weight.load(
+                    self.checkpoint, path, out, columns, backend, as_stored=True
+                )
         return found
 
     def _path(self, name: str) -> str:

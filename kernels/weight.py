@@ -33,16 +33,28 @@ class Weight:
 
     @classmethod
     def load(
-        cls, checkpoint: Checkpoint, path: str, out: int, in_features: int, backend: Backend
+        cls,
+        checkpoint: Checkpoint,
+        path: str,
+        out: int,
+        in_features: int,
+        backend: Backend,
+        as_stored: bool = False,
     ) -> Self:
         """Read the matrix [out, in_features] of a module to where the backend computes.
 
         path: the module's name, "model.embed_tokens" for "model.embed_tokens.weight".
+        as_stored: on a CPU, keep a dense bfloat16 matrix in its 16 bits, as uint16; kernels/cpu
+            reads it as it is, in half the time where memory is what takes time.
         CheckpointError when a tensor is missing or has another shape or packing.
         """
         quantization = checkpoint.quantization(path, in_features)
         if quantization is None:
-            return cls(backend.load(checkpoint, f"{path}.weight", (out, in_features)))
+            name, shape = f"{path}.weight", (out, in_features)
+            if as_stored and backend.name == "cpu" and checkpoint.info(name).dtype == "BF16":
+                bits = checkpoint.load(name, shape, mx.bfloat16).view(mx.uint16)
+                return cls(backend.place(bits))
+            return cls(backend.load(checkpoint, name, shape))
         packed = in_features * quantization.bits // 32
         groups = in_features // quantization.group_size
         return cls(

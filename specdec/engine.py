@@ -99,7 +99,8 @@ class Engine:
         assert self._bonus is not None
         self._tell_draft()
         assert self.draft.length == self.target.length
-        return self.draft.propose(self._bonus, budget)
+        # a tree is nowhere deeper than it has nodes
+        return self.draft.propose(self._bonus, budget, budget)
 
     def _tell_draft(self) -> None:
         """Extend the draft's context by what was committed since it last drafted.

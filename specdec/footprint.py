@@ -135,7 +135,7 @@ def state_bytes(config: TargetConfig, dtype: mx.Dtype) -> int:
 def draft_bytes(checkpoint: Checkpoint, config: DraftConfig, sizes: Sizes) -> tuple[int, int]:
     """The draft's weights, and its keys and values once the context is full."""
     return (
-        weight_bytes(checkpoint, config, sizes.dtype),
+        weight_bytes(checkpoint, config, sizes.dtype, as_stored=sizes.row_by_row),
         cache_bytes(config, sizes.committed(config), sizes.dtype),
     )
 

@@ -39,7 +39,7 @@ class CheatingDraft:
     def extend(self, taps) -> None:
         self.length += taps.shape[0]
 
-    def propose(self, bonus: int, width: int) -> Block:
+    def propose(self, bonus: int, width: int, slots: int | None = None) -> Block:
         at = self.length - self.prompt
         assert at >= 0
         assert at >= len(self.truth) or self.truth[at] == bonus

@@ -29,10 +29,10 @@ _VECTOR, _WORDS = ir.VectorType(_FLOAT, LANES), ir.VectorType(_WORD, LANES)
 _FLOAT_BYTES = 4
 
 
-def store_dots(packed: bool, weights: int, rows: int) -> Callable[..., None]:
+def store_dots(bits: int, weights: int, rows: int) -> Callable[..., None]:
     """The intrinsic for `weights` weight rows and `rows` input rows at a time.
 
-    packed: 4-bit weights in groups of CHUNK or a multiple of it; else float32.
+    bits: 4, packed in groups of CHUNK or a multiple of it; 16, bfloat16; 32, float32.
     """
 
     @intrinsic
@@ -52,7 +52,7 @@ def store_dots(packed: bool, weights: int, rows: int) -> Callable[..., None]:
                 source = build.load(_INDEX, build.offset(sources, 8 * r))
                 inputs.append(builder.add(x, builder.mul(source, pitch)))
             starts = [builder.add(data, builder.mul(stride, _INDEX(w))) for w in range(weights)]
-            if packed:
+            if bits == 4:
                 groups = builder.mul(builder.sdiv(size, group), _INDEX(_FLOAT_BYTES))
                 tables = [
                     [builder.add(base, builder.mul(groups, _INDEX(w))) for w in range(weights)]
@@ -60,7 +60,7 @@ def store_dots(packed: bool, weights: int, rows: int) -> Callable[..., None]:
                 ]
                 sums = build.packed(size, group, starts, *tables, inputs)
             else:
-                sums = build.plain(size, starts, inputs)
+                sums = build.plain(size, starts, inputs, bits)
             build.store(build.fold(sums), weights, rows, out, width)
             return context.get_dummy_value()
 
@@ -115,11 +115,14 @@ class _Builder:
         b.position_at_end(after)
         return added
 
-    def plain(self, size: Any, weights: list[Any], inputs: list[Any]) -> list[Any]:
+    def plain(self, size: Any, weights: list[Any], inputs: list[Any], bits: int) -> list[Any]:
         def body(feature: Any, sums: list[Any]) -> list[Any]:
             at = self.ir.mul(feature, _INDEX(_FLOAT_BYTES))
             for half in range(2):
-                factors = [self._vector(base, at, half) for base in weights]
+                if bits == 16:
+                    factors = [self._bfloat16(base, feature, half) for base in weights]
+                else:
+                    factors = [self._vector(base, at, half) for base in weights]
                 sums = self._add(sums, factors, inputs, at, half)
             return sums
 
@@ -191,6 +194,12 @@ class _Builder:
                 self.fma(factor, values, sums[len(added) + w]) for w, factor in enumerate(factors)
             ]
         return added
+
+    def _bfloat16(self, base: Any, feature: Any, half: int) -> Any:
+        b = self.ir
+        place = self.offset(b.add(base, b.mul(feature, _INDEX(2))), half * LANES * 2)
+        bits = b.zext(self.load(ir.VectorType(ir.IntType(16), LANES), place), _WORDS)
+        return b.bitcast(b.shl(bits, ir.Constant(_WORDS, [16] * LANES)), _VECTOR)
 
     def _vector(self, base: Any, at: Any, half: int) -> Any:
         place = self.ir.add(base, at)

@@ -5,6 +5,8 @@ Blocks of up to eight input rows go through products of several weight rows at a
 decoded to float32 first. Every way gives a product the same bits.
 """
 
+from collections.abc import Callable
+
 import numpy as np
 
 from specdec.kernels.cpu.decode import address, decode_row
@@ -18,39 +20,66 @@ BLOCK = 4 if WIDE else 2  # weight rows side by side
 MOST = 8 if WIDE else 2  # input rows beside them
 TILE = 4 * MOST  # input rows for which a weight row is decoded to float32 once
 
-_plain11, _packed11 = (store_dots(packed, 1, 1) for packed in (False, True))
-if WIDE:
-    _plain = [store_dots(False, 4 if rows < 6 else 2, rows) for rows in range(1, 9)]
-    _packed = [store_dots(True, 4 if rows < 6 else 2, rows) for rows in range(1, 9)]
-else:
-    _plain = [store_dots(False, 2, 1 + (rows > 0)) for rows in range(8)]
-    _packed = [store_dots(True, 2, 1 + (rows > 0)) for rows in range(8)]
-_plain1, _plain2, _plain3, _plain4, _plain5, _plain6, _plain7, _plain8 = _plain
-_packed1, _packed2, _packed3, _packed4, _packed5, _packed6, _packed7, _packed8 = _packed
+
+def _each_block(bits: int) -> list[Callable[..., None]]:
+    """Products for BLOCK weight rows (half of them at a time from 6 rows on) and 1 to 8 rows."""
+    if WIDE:
+        return [store_dots(bits, BLOCK if rows < 6 else 2, rows) for rows in range(1, 9)]
+    return [store_dots(bits, BLOCK, min(rows, MOST)) for rows in range(1, 9)]
+
+
+_plain_one, _half_one, _packed_one = (store_dots(bits, 1, 1) for bits in (32, 16, 4))
+_plain1, _plain2, _plain3, _plain4, _plain5, _plain6, _plain7, _plain8 = _each_block(32)
+_half1, _half2, _half3, _half4, _half5, _half6, _half7, _half8 = _each_block(16)
+_packed1, _packed2, _packed3, _packed4, _packed5, _packed6, _packed7, _packed8 = _each_block(4)
 
 
 @inlined
-def _plain_block(rows, d, s, size, x, pitch, at, y, width):  # type: ignore[no-untyped-def]
+def _plain_block(rows, d, s, u, v, g, size, x, pitch, at, y, width):  # type: ignore[no-untyped-def]
     """BLOCK float32 weight rows, `s` bytes apart, with up to MOST rows."""
     if rows == 1:
-        _plain1(d, s, 0, 0, 0, size, x, pitch, at, y, width)
+        _plain1(d, s, u, v, g, size, x, pitch, at, y, width)
     elif rows == 2:
-        _plain2(d, s, 0, 0, 0, size, x, pitch, at, y, width)
+        _plain2(d, s, u, v, g, size, x, pitch, at, y, width)
     elif rows == 3:
-        _plain3(d, s, 0, 0, 0, size, x, pitch, at, y, width)
+        _plain3(d, s, u, v, g, size, x, pitch, at, y, width)
     elif rows == 4:
-        _plain4(d, s, 0, 0, 0, size, x, pitch, at, y, width)
+        _plain4(d, s, u, v, g, size, x, pitch, at, y, width)
     elif rows == 5:
-        _plain5(d, s, 0, 0, 0, size, x, pitch, at, y, width)
+        _plain5(d, s, u, v, g, size, x, pitch, at, y, width)
     else:
         for half in range(2):
             h, z = d + 2 * half * s, y + 8 * half
             if rows == 6:
-                _plain6(h, s, 0, 0, 0, size, x, pitch, at, z, width)
+                _plain6(h, s, u, v, g, size, x, pitch, at, z, width)
             elif rows == 7:
-                _plain7(h, s, 0, 0, 0, size, x, pitch, at, z, width)
+                _plain7(h, s, u, v, g, size, x, pitch, at, z, width)
             else:
-                _plain8(h, s, 0, 0, 0, size, x, pitch, at, z, width)
+                _plain8(h, s, u, v, g, size, x, pitch, at, z, width)
+
+
+@inlined
+def _half_block(rows, d, s, u, v, g, size, x, pitch, at, y, width):  # type: ignore[no-untyped-def]
+    """BLOCK bfloat16 weight rows with up to MOST rows."""
+    if rows == 1:
+        _half1(d, s, u, v, g, size, x, pitch, at, y, width)
+    elif rows == 2:
+        _half2(d, s, u, v, g, size, x, pitch, at, y, width)
+    elif rows == 3:
+        _half3(d, s, u, v, g, size, x, pitch, at, y, width)
+    elif rows == 4:
+        _half4(d, s, u, v, g, size, x, pitch, at, y, width)
+    elif rows == 5:
+        _half5(d, s, u, v, g, size, x, pitch, at, y, width)
+    else:
+        for half in range(2):
+            h, z = d + 2 * half * s, y + 8 * half
+            if rows == 6:
+                _half6(h, s, u, v, g, size, x, pitch, at, z, width)
+            elif rows == 7:
+                _half7(h, s, u, v, g, size, x, pitch, at, z, width)
+            else:
+                _half8(h, s, u, v, g, size, x, pitch, at, z, width)
 
 
 @inlined
@@ -91,8 +120,8 @@ def multiply(w, slot, inputs, sources, first, last, out, column):  # type: ignor
     scales, biases = w[SCALES] + slot * features * groups, w[BIASES] + slot * features * groups
     x, pitch, width = address(inputs), inputs.strides[0], out.strides[0]
     padded = inputs.shape[1]
-    direct = (bits == 4 and group % CHUNK == 0) or (bits == 32 and size == padded)
-    packed = direct and bits == 4
+    direct = group % CHUNK == 0 if bits == 4 else bits >= 16 and size == padded
+    kind = bits if direct else 32
     values = np.zeros((1 if direct else BLOCK, padded if not direct else 1), np.float32)
     # Tiles of rows that stay in the nearest cache, of about equal size; decoded weights serve
     # several blocks.
@@ -119,15 +148,19 @@ def multiply(w, slot, inputs, sources, first, last, out, column):  # type: ignor
                     for i in range((end - begin) * count):
                         row, k = i // count, i % count
                         e, f, z = d + k * s, at + 8 * row, y + row * width + 4 * k
-                        if packed:
-                            p, q = u + k * groups, v + k * groups
-                            _packed11(e, s, p, q, group, size, x, pitch, f, z, width)
+                        p, q = u + k * groups, v + k * groups
+                        if kind == 4:
+                            _packed_one(e, s, p, q, group, padded, x, pitch, f, z, width)
+                        elif kind == 16:
+                            _half_one(e, s, p, q, group, padded, x, pitch, f, z, width)
                         else:
-                            _plain11(e, s, 0, 0, 0, padded, x, pitch, f, z, width)
-                elif packed:
-                    _packed_block(end - begin, d, s, u, v, group, size, x, pitch, at, y, width)
+                            _plain_one(e, s, p, q, group, padded, x, pitch, f, z, width)
+                elif kind == 4:
+                    _packed_block(end - begin, d, s, u, v, group, padded, x, pitch, at, y, width)
+                elif kind == 16:
+                    _half_block(end - begin, d, s, u, v, group, padded, x, pitch, at, y, width)
                 else:
-                    _plain_block(end - begin, d, s, padded, x, pitch, at, y, width)
+                    _plain_block(end - begin, d, s, u, v, group, padded, x, pitch, at, y, width)
 
 
 @inlined

@@ -1,5 +1,7 @@
 """Rotation of rows by their positions on NumPy arrays."""
 
+import math
+
 import numpy as np
 
 from specdec.kernels.cpu.exp import fma
@@ -9,7 +11,7 @@ from specdec.kernels.cpu.jit import inlined, jit
 def rotate(x: np.ndarray, cos: np.ndarray, sin: np.ndarray) -> np.ndarray:
     """x [..., rows, dim], its first 2 * half dimensions turned by cos, sin [rows, half]."""
     out = np.array(x, order="C")
-    _rotate(out.reshape(-1, *x.shape[-2:]), cos, sin)
+    _rotate(out.reshape(math.prod(x.shape[:-2]), *x.shape[-2:]), cos, sin)
     return out
 
 
