@@ -18,7 +18,7 @@ CPU = Backend("cpu", mx.float32, "a test asked for it")
 _NO_NUMBA = pytest.mark.skipif(
     importlib.util.find_spec("numba") is None, reason="the cpu executor needs numba"
 )
-_NOT_EXACT = pytest.mark.skipif(
+NOT_EXACT = pytest.mark.skipif(
     mx.default_device() == mx.gpu, reason="MLX's own operations are row-invariant on its CPU alone"
 )
 
@@ -31,7 +31,7 @@ each_backend = pytest.mark.parametrize(
 each_exact_backend = pytest.mark.parametrize(
     "backend",
     [
-        pytest.param(REFERENCE, id="reference", marks=_NOT_EXACT),
+        pytest.param(REFERENCE, id="reference", marks=NOT_EXACT),
         pytest.param(CPU, id="cpu", marks=_NO_NUMBA),
     ],
 )

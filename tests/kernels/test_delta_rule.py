@@ -17,9 +17,15 @@ from specdec.kernels.delta_rule import (
     replay_updates,
 )
 from specdec.kernels.layout import TreeLayout
-from tests.backends import Operations, each_backend, each_exact_backend, fetch, same_bits
+from tests.backends import NOT_EXACT, REFERENCE, Operations, fetch, same_bits
 from tests.kernels.weights import normal
 from tests.trees import path_to, random_parents, trees
+
+# Plain MLX alone: kernels/cpu has the mixer whole, tested in test_gated_delta.py.
+each_backend = pytest.mark.parametrize("backend", [pytest.param(REFERENCE, id="reference")])
+each_exact_backend = pytest.mark.parametrize(
+    "backend", [pytest.param(REFERENCE, id="reference", marks=NOT_EXACT)]
+)
 
 # (key heads, value heads, key_dim, value_dim)
 SHAPES = [(1, 1, 16, 16), (2, 4, 16, 32), (2, 2, 64, 64), (4, 8, 32, 48), (1, 3, 128, 128)]

@@ -8,7 +8,14 @@ from hypothesis import strategies as st
 
 from specdec.kernels.linear import Projections, embed, linear
 from specdec.kernels.weight import Weight
-from tests.backends import Operations, each_backend, each_exact_backend, fetch, same_bits
+from tests.backends import (
+    Operations,
+    each_backend,
+    each_exact_backend,
+    fetch,
+    needs_numba,
+    same_bits,
+)
 from tests.kernels.weights import PACKINGS, dense, normal, packed, some_weight
 
 ANY = [None, *PACKINGS]
@@ -125,3 +132,17 @@ def test_weight_sizes():
     assert not weight.same_format(Weight(weight.scales))
     rows = weight.rows(np.array([9, 0, 3]))
     assert np.array_equal(np.array(rows.data), np.array(weight.data)[[9, 0, 3]])
+
+
+@needs_numba
+@pytest.mark.parametrize("size", [7, 96, 256])
+@pytest.mark.parametrize("rows", [1, 4, 7, 20])
+def test_bfloat16_matrices_are_read_as_they_are(size, rows):
+    """To the bits of the same matrix in float32."""
+    rng = np.random.default_rng(size)
+    wide = mx.array(normal(rng, 13, size)).astype(mx.bfloat16)
+    kept = Weight(np.array(wide.view(mx.uint16)))
+    cast = Weight(np.array(wide.astype(mx.float32)))
+    assert kept.in_features == size
+    x = normal(rng, rows, size)
+    assert same_bits(linear(x, kept), linear(x, cast))
