@@ -154,6 +154,16 @@ def report(done: Sweep) -> str:
     if done.ended is not None:
         blocks.insert(0, f"PARTIAL: ended after {len(done.runs)} of {done.planned} runs")
     differing = done.disagreements()
+    changed = [one for run in done.runs if (one := run.metrics.substitutions) is not None]
+    if changed:
+        choices, substituted = (
+            sum(one.choices for one in changed),
+            sum(one.substituted for one in changed),
+        )
+        blocks.append(
+            f"NOT EXACT (--cache-tolerance): {substituted} of {choices} choices of experts were "
+            f"substituted ({percent(substituted / choices if choices else None)})"
+        )
     if differing:
         blocks.append("tokens DIFFER between runs of: " + ", ".join(differing))
     elif done.ended is None:

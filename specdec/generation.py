@@ -19,6 +19,7 @@ from specdec.round import Prefill, Round
 from specdec.stops import StopScanner
 from specdec.target.config import TargetConfig
 from specdec.target.expert_cache import LayerCounters
+from specdec.target.tolerance import LayerSubstitutions
 from specdec.tokenizer import Tokenizer
 
 
@@ -49,6 +50,7 @@ class Result:
     seconds_to_first_token: from the request on, prefill included; to the interrupt if none came.
     decode_seconds: from the first token to the end.
     experts: expert traffic of this request, prefill included.
+    substitutions: per layer what --cache-tolerance changed; None where routing was exact.
     """
 
     tokens: tuple[int, ...]
@@ -59,6 +61,7 @@ class Result:
     seconds_to_first_token: float
     decode_seconds: float
     experts: tuple[LayerCounters, ...]
+    substitutions: tuple[LayerSubstitutions, ...] | None = None
 
     @property
     def token_sha256(self) -> str:
@@ -85,6 +88,9 @@ def generate(
     _check_plan(engine, request, min(request.max_tokens, room))
     writer = _Writer(tokenizer, request, min(request.max_tokens, room), on_text)
     engine.target.experts.reset_counters()
+    tolerance = engine.target.tolerance
+    if tolerance is not None:
+        tolerance.reset()
     rounds: list[Round] = []
     prefill, finish = Prefill(None, len(request.prompt_tokens), 0.0), None
     failure: SpecdecError | None = None
@@ -127,6 +133,7 @@ def generate(
         seconds_to_first_token=first - start,
         decode_seconds=end - first,
         experts=engine.target.experts.counters(),
+        substitutions=tolerance.counts() if tolerance is not None else None,
     )
     if failure is not None:
         failure.result = result

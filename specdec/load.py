@@ -32,6 +32,7 @@ from specdec.target.manifest import Manifest
 from specdec.target.model import Target
 from specdec.target.repacked_index import is_repacked
 from specdec.target.repacked_store import open_store
+from specdec.target.tolerance import Tolerance
 from specdec.tokenizer import Tokenizer
 
 GB = 1_000_000_000
@@ -46,6 +47,7 @@ class Settings:
     context: tokens of prompt and answer together; budget: the largest that will be used. Both are
         planned for, and the engine keeps to them.
     prompt: tokens of the longest prompt, None for as many as the context holds.
+    cache_tolerance: margin of cache-aware routing (target.tolerance), 0 for exact routing.
     kernels: the backend by its name, None for what suits the machine (see choose_backend).
     """
 
@@ -59,6 +61,7 @@ class Settings:
     budget: int = 6
     prompt: int | None = None
     kernels: str | None = None
+    cache_tolerance: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -117,6 +120,9 @@ def load(
         cache = ExpertCache(found.store, plan.pinned, plan.slots, backend.dtype)
         taps = found.draft[1].target_layer_ids if found.draft else ()
         target = Target.load(found.target, found.config, cache, backend, taps)
+        if settings.cache_tolerance > 0:
+            normalize = found.config.norm_topk_prob
+            target.tolerate(Tolerance(settings.cache_tolerance, normalize, backend))
         cache.load_pinned(on_progress)
         draft = None
         if found.draft is not None:

@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from specdec.errors import SpecdecError
+from specdec.ratio import ratio
+from specdec.substitutions import SubstitutionMetrics, substitutions
 
 if TYPE_CHECKING:  # for types only: counting must not pay for importing MLX
     from specdec.generation import Result
@@ -102,6 +104,7 @@ class Metrics:
     acceptance_rate: accepted / drafted.
     drafted_share: accepted / (accepted + rounds), the share of tokens that came from the draft.
     depths: P(accepted >= k) for k = 1 .. deepest tree.
+    substitutions: None where routing was exact.
     """
 
     prompt_tokens: int
@@ -122,6 +125,7 @@ class Metrics:
     phases: tuple[Phase, ...]
     experts: ExpertMetrics
     token_sha256: str
+    substitutions: SubstitutionMetrics | None = None
 
 
 @dataclass(frozen=True)
@@ -181,6 +185,7 @@ def measure(result: "Result") -> Metrics:
         phases=_phases(result),
         experts=_experts(result.experts, len(result.tokens)),
         token_sha256=result.token_sha256,
+        substitutions=substitutions(result.substitutions, len(result.tokens)),
     )
 
 
@@ -199,11 +204,6 @@ def first_difference(left: Sequence[int], right: Sequence[int]) -> int | None:
         if one != other:
             return position
     return None if len(left) == len(right) else min(len(left), len(right))
-
-
-def ratio(numerator: float, denominator: float) -> float | None:
-    """numerator / denominator, or None when there is nothing to divide by."""
-    return numerator / denominator if denominator else None
 
 
 def peak_process_bytes() -> int:

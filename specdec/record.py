@@ -20,6 +20,7 @@ from specdec.errors import SpecdecError
 if TYPE_CHECKING:
     from specdec.bench import Sweep
     from specdec.generation import Result
+    from specdec.hot_set import Warmed
     from specdec.kernels.array import Backend
     from specdec.metrics import Comparison, Memory, Metrics
     from specdec.plan import MemoryPlan
@@ -81,7 +82,12 @@ class JsonFile:
 
 
 def head(
-    kind: str, settings: dict[str, Any], backend: "Backend", plan: "MemoryPlan", memory: "Memory"
+    kind: str,
+    settings: dict[str, Any],
+    backend: "Backend",
+    plan: "MemoryPlan",
+    memory: "Memory",
+    warmed: "Warmed | None" = None,
 ) -> dict:
     """What every document begins with: who wrote it, where, how it was asked, what was planned."""
     import mlx.core as mx
@@ -95,7 +101,7 @@ def head(
             "mlx": metadata.version("mlx"),
             "device": str(mx.default_device()),
             "kernels": backend.name,
-            "exact": backend.exact,
+            "exact": backend.exact and not settings.get("cache_tolerance"),
             "system": sys.platform,
             "machine": platform.machine(),
         },
@@ -109,6 +115,7 @@ def head(
             "slots": plan.slots,
         },
         "memory": asdict(memory),
+        "warm": None if warmed is None else asdict(warmed),
     }
 
 

@@ -14,6 +14,7 @@ def summary(metrics: Metrics, memory: Memory) -> str:
         ("round", _phases(metrics)),
         ("experts", _experts(metrics)),
         ("", _expert_bytes(metrics)),
+        *substitution_rows(metrics),
         ("memory", memory_line(memory)),
         ("tokens", f"sha256 {metrics.token_sha256}"),
     ]
@@ -46,6 +47,8 @@ def side_by_side(comparison: Comparison, memory: Memory) -> str:
     ]
     lines = [table(rows), "", f"mean acceptance length: {ACCEPTANCE_LENGTH}"]
     lines += [f"{label:<12}{text}" for label, text in _depths(comparison.speculative)]
+    for name, run in (("plain", comparison.plain), ("speculative", comparison.speculative)):
+        lines += [f"{label:<12}{name}: {text}" for label, text in substitution_rows(run)]
     lines += [f"memory      {memory_line(memory)}", *verdict(comparison)]
     return "\n".join(lines)
 
@@ -62,7 +65,10 @@ def verdict(comparison: Comparison) -> list[str]:
                 f"            Speculation was SLOWER than plain decoding here: {speedup:.2f} times "
                 "its speed. A smaller --budget may help."
             )
-    if comparison.equal:
+    exact = comparison.speculative.substitutions is None
+    if not exact and not comparison.equal:
+        lines.append("tokens      differ, as they may with --cache-tolerance")
+    elif comparison.equal:
         lines.append(f"tokens      equal, sha256 {comparison.plain.token_sha256}")
     else:
         lines.append(
@@ -71,6 +77,20 @@ def verdict(comparison: Comparison) -> list[str]:
             f"speculative sha256 {comparison.speculative.token_sha256}"
         )
     return lines
+
+
+def substitution_rows(metrics: Metrics) -> list[tuple[str, str]]:
+    """What cache-aware routing changed; nothing where routing was exact."""
+    one = metrics.substitutions
+    if one is None:
+        return []
+    return [
+        (
+            "NOT EXACT",
+            f"{one.substituted} of {one.choices} choices substituted ({percent(one.rate)}, "
+            f"{number(one.per_token, 2)} per token), KL {number(one.kl, 6)} nats per row and layer",
+        )
+    ]
 
 
 def memory_line(memory: Memory) -> str:

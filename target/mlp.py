@@ -17,6 +17,7 @@ from specdec.target.config import TargetConfig
 from specdec.target.expert_cache import ExpertCache
 from specdec.target.passes import Pass
 from specdec.target.tensors import Tensors
+from specdec.target.tolerance import Tolerance
 
 
 class MLP:
@@ -53,6 +54,7 @@ class MoE:
         self.gates = Projections(gates)
         # A pinned layer's bank holds expert e in slot e: no read-back of the routing.
         self.all_resident = None
+        self.tolerance: Tolerance | None = None
         if experts.is_pinned(layer):
             self.all_resident = self.backend.index(np.arange(config.num_experts, dtype=np.int32))
 
@@ -62,6 +64,9 @@ class MoE:
         routing = route(logits, self.top_k, self.normalize)
         shared_gate = gates[0] if gates else None
         if self.all_resident is None:
+            if self.tolerance is not None:
+                resident = self.experts.resident(self.layer)
+                routing = self.tolerance(self.layer, logits.values, routing, resident)
             return self._streamed(x, routing, shared_gate, this)
         this.chosen[self.layer] = routing.experts
         return feed_forward(

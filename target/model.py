@@ -36,6 +36,7 @@ from specdec.target.mlp import MLP, MoE
 from specdec.target.passes import Pass, PromptPass, TreePass
 from specdec.target.state import State
 from specdec.target.tensors import Tensors
+from specdec.target.tolerance import Tolerance
 from specdec.tree.draft_tree import DraftTree
 
 Observer = Callable[[np.ndarray, Pass, slice | list[int]], None]
@@ -80,6 +81,7 @@ class Target:
         self.experts, self.taps = experts, tuple(taps)
         # Told of each pass before it is committed: its tokens, the pass, the rows that will be.
         self.observers: list[Observer] = []
+        self.tolerance: Tolerance | None = None
         self.reset()
 
     @classmethod
@@ -121,6 +123,13 @@ class Target:
             head = Tensors(checkpoint, manifest, config.head_prefix, backend).weight("lm_head")
         norm = Norm(root.array("norm.weight"), config.rms_norm_eps)
         return cls(config, layers, embedding, norm, head, experts, backend, taps)
+
+    def tolerate(self, tolerance: Tolerance) -> None:
+        """Route by what is in memory from now on, within a margin: no longer exact."""
+        self.tolerance = tolerance
+        for layer in self.layers:
+            if isinstance(layer.mlp, MoE):
+                layer.mlp.tolerance = tolerance
 
     def reset(self) -> None:
         """Forget all tokens."""

@@ -81,7 +81,9 @@ def bench(**options: Any) -> None:
         longest = max(map(len, tokens.values()))
         context = longest + options["max_tokens"]
         loaded = session.load(options, longest, context, max(budgets), console, tokenizer)
-        routing.begin(loaded)
+        routing.begin(loaded, options["cache_tolerance"])
+        warmed = session.warm(options, loaded, console)
+        uses = session.count_uses(options, loaded)
 
         def run(prompt: "Prompt", budget: int) -> "Result":
             result = generate(
@@ -107,13 +109,15 @@ def bench(**options: Any) -> None:
             )
 
         done = benchmark.sweep(run, prompts, budgets, options["repeat"], tell)
+        session.save_uses(options, uses)
         memory = session.memory(loaded.plan)
         emit(benchmark.report(done))
         console.say(f"memory: {memory_line(memory)}")
         if not isinstance(done.ended, SpecdecError):
-            head = record.head("bench", options, loaded.backend, loaded.plan, memory)
+            head = record.head("bench", options, loaded.backend, loaded.plan, memory, warmed)
             file.write(head | record.bench(done))
     if done.ended is not None:
         raise done.ended
-    if done.disagreements():
+    # With a tolerance runs may differ, and the report says so.
+    if done.disagreements() and not options["cache_tolerance"]:
         raise DisagreementError("tokens differ between runs of: " + ", ".join(done.disagreements()))

@@ -74,12 +74,36 @@ def model_options(command: Command) -> Command:
 
 
 def routing_options(command: Command) -> Command:
-    """--collect-routing."""
-    return click.option(
-        "--collect-routing",
-        metavar="FILE",
-        help="Write down which experts every row chose, for `specdec simulate` and repacking.",
-    )(command)
+    """--cache-tolerance, --warm, --save-warm, --collect-routing."""
+    for option in (
+        click.option(
+            "--collect-routing",
+            metavar="FILE",
+            help="Write down which experts every row chose, for `specdec simulate` and repacking.",
+        ),
+        click.option(
+            "--save-warm",
+            metavar="FILE",
+            help="Write down how often each expert was used, for --warm.",
+        ),
+        click.option(
+            "--warm",
+            metavar="FILE",
+            help="Fill the slots with the experts that this hot set or routing log uses most.",
+        ),
+        click.option(
+            "--cache-tolerance",
+            type=click.FloatRange(min=0, max=1e6),
+            callback=_finite,
+            default=0.0,
+            show_default=True,
+            metavar="F",
+            help="Above 0, NOT EXACT: take experts in memory for absent ones whose logits are "
+            "within this share of the range.",
+        ),
+    ):
+        command = option(command)
+    return command
 
 
 def tree_option(command: Command) -> Command:

@@ -1,17 +1,20 @@
 """A loaded pair for a command: what can be refused before loading, the plan, the progress."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from specdec.commands.console import Console
 from specdec.metrics import Memory, peak_process_bytes
-from specdec.units import table
+from specdec.units import size, table
 
 if TYPE_CHECKING:
+    from specdec.hot_set import Warmed
     from specdec.load import Loaded, Settings
     from specdec.plan import MemoryPlan
     from specdec.target.config import TargetConfig
     from specdec.tokenizer import Tokenizer
+    from specdec.use_counter import UseCounter
 
 
 def settings(
@@ -31,6 +34,7 @@ def settings(
         budget=budget,
         prompt=prompt,
         kernels=options.get("kernels"),
+        cache_tolerance=options.get("cache_tolerance") or 0.0,
     )
 
 
@@ -41,10 +45,23 @@ def door(options: Mapping[str, Any]) -> "tuple[Tokenizer, TargetConfig]":
     from specdec.target.config import TargetConfig
     from specdec.tokenizer import Tokenizer
 
+    _check_files(options)
     target, _ = folders(settings(options, 1, 1))
     path = target / "config.json"
     config = TargetConfig.from_dict(read_json(path), str(path))
     return Tokenizer.open(target), config
+
+
+def _check_files(options: Mapping[str, Any]) -> None:
+    """Files that are read or written only after loading are looked at before."""
+    if options.get("warm") is not None:
+        from specdec.hot_set import HotSet
+
+        HotSet.read(Path(options["warm"]))
+    if options.get("save_warm") is not None:
+        from specdec.use_counter import check_writable
+
+        check_writable(Path(options["save_warm"]))
 
 
 def load(
@@ -72,10 +89,47 @@ def load(
             "note: on this device MLX's own operations compute one row and several rows with "
             "different kernels; the tokens may differ from those of --budget 1 (--compare tells)"
         )
+    if options.get("cache_tolerance"):
+        console.note(
+            f"note: --cache-tolerance {options['cache_tolerance']:g}: routing prefers experts in "
+            "memory; the output is NOT EXACT and depends on the cache, the budget and the past"
+        )
     slots = loaded.engine.draft.config.slots if loaded.engine.draft is not None else 0
     if options.get("tree") == "chain" and 1 <= slots < budget:
         console.note(f"note: a chain has at most {slots} nodes, the slots of this draft's block")
     return loaded
+
+
+def warm(options: Mapping[str, Any], loaded: "Loaded", console: Console) -> "Warmed | None":
+    """Preload the experts that --warm names most; what it took, None without the option."""
+    if options["warm"] is None:
+        return None
+    from specdec.hot_set import HotSet
+
+    path, cache = Path(options["warm"]), loaded.engine.target.experts
+    hot = HotSet.read(path)
+    hot.check(path, cache)
+    done = hot.warm(cache, console.progress("warming slots:"))
+    console.say(
+        f"warmed {done.experts} of {done.named} experts named, {size(done.bytes_read)} in "
+        f"{done.seconds:.2f} s"
+    )
+    return done
+
+
+def count_uses(options: Mapping[str, Any], loaded: "Loaded") -> "UseCounter | None":
+    """Count the experts' uses for --save-warm from now on; None without the option."""
+    if options["save_warm"] is None:
+        return None
+    from specdec.use_counter import UseCounter
+
+    return UseCounter(loaded.engine.target)
+
+
+def save_uses(options: Mapping[str, Any], uses: "UseCounter | None") -> None:
+    """Write what was counted."""
+    if uses is not None:
+        uses.hot_set().save(Path(options["save_warm"]))
 
 
 def plan_text(plan: "MemoryPlan") -> str:
