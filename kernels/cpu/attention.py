@@ -111,8 +111,7 @@ def _inputs(  # type: ignore[no-untyped-def]
             normalize(keys[row, at : at + dim], k_norm, k_eps, k[head, row])
             turn(k[head, row], cos[row], sin[row])
             at = v_start + head * dim
-            for i in range(dim):
-                v[head, row, i] = values[row, at + i]
+            v[head, row] = values[row, at : at + dim]
 
 
 @jit
@@ -175,8 +174,9 @@ def attend(  # type: ignore[no-untyped-def]
                     to = out[row, head * dim : (head + 1) * dim]
                     if len(gates) > 0:
                         at = column + (2 * head + 1) * dim
+                        gate = gates[row, at : at + dim]
                         for i in range(dim):
-                            to[i] = total[i] * share * sigmoid(gates[row, at + i])
+                            to[i] = total[i] * share * sigmoid(gate[i])
                     else:
                         for i in range(dim):
                             to[i] = total[i] * share

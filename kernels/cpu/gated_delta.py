@@ -16,7 +16,7 @@ import numpy as np
 from specdec.kernels.cpu.exp import fma, silu
 from specdec.kernels.cpu.jit import jit
 from specdec.kernels.cpu.norm import normalize
-from specdec.kernels.cpu.vectors import read, update
+from specdec.kernels.cpu.vectors import add_products, read, update
 from specdec.kernels.gated_delta import DeltaInputs, DeltaWeights, Tape
 from specdec.kernels.layout import TreeLayout
 
@@ -150,19 +150,17 @@ def _mix_rows(  # type: ignore[no-untyped-def]
             else:
                 source = conv[taps - 1 + above]
                 above -= 1
-            factor = weight[tap]
-            for i in range(channels):
-                mixed[i] += source[i] * factor[i]
+            add_products(source, weight[tap], mixed)
+        # Through slices: of sums of indexes the compiler would not know that they are not negative.
         for i in range(channels):
             mixed[i] = silu(mixed[i])
-            tape[row, i] = qkv[row, qkv_start + i]
+        tape[row, :channels] = qkv[row, qkv_start : qkv_start + channels]
         for head in range(key_heads):
             at = head * key_dim
             _unit(mixed[at : at + key_dim], 1 / math.sqrt(key_dim), queries[row, at : at + key_dim])
             key = tape[row, channels + at : channels + at + key_dim]
             _unit(mixed[keys + at : keys + at + key_dim], 1.0, key)
-        for i in range(heads * value_dim):
-            values[row, i] = mixed[2 * keys + i]
+        values[row] = mixed[2 * keys :]
         for head in range(heads):
             x = a[row, a_start + head] + dt_bias[head]
             # log(1 + exp(x)), without overflow
@@ -204,8 +202,9 @@ def _mix_rows(  # type: ignore[no-untyped-def]
                     last[head] if final else states[row & 1 if chain else row],
                 )
             normalize(y, norm, eps, by_query)
+            gate = z[row, z_start + first : z_start + first + value_dim]
             for v in range(value_dim):
-                y[v] = by_query[v] * silu(z[row, z_start + first + v])
+                y[v] = by_query[v] * silu(gate[v])
 
 
 @jit

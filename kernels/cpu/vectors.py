@@ -167,9 +167,37 @@ def _weigher(blocks: int) -> Callable[..., None]:
     return weigh
 
 
+@intrinsic
+def _add_products(typing, a, b, total, blocks):  # type: ignore[no-untyped-def]
+    """total += a * b, element by element, for `blocks` vectors."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Sequence[Any]) -> Any:
+        emit = _Emitter(builder)
+        with cgutils.for_range(builder, args[3]) as loop:
+            skip = builder.mul(loop.index, _INDEX(4 * LANES))
+            places = [builder.add(base, skip) for base in args[:3]]
+            values = [emit.load(place, 0) for place in places]
+            emit.store(builder.call(emit.fma, values), places[2], 0)
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 4), generate
+
+
 _weigh1, _weigh4 = _weigher(1), _weigher(4)
 _read1, _read4 = _reader(1), _reader(4)
 _update1, _update4 = _updater(1), _updater(4)
+
+
+@inlined
+def add_products(a, b, total):  # type: ignore[no-untyped-def]
+    """total += a * b, element by element.
+
+    Spelt out, because a compiler that cannot rule out overlaps does not use vectors.
+    """
+    blocks = len(total) // LANES
+    _add_products(address(a), address(b), address(total), blocks)
+    for i in range(blocks * LANES, len(total)):
+        total[i] = fma(a[i], b[i], total[i])
 
 
 @inlined
