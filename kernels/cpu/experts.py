@@ -10,6 +10,7 @@ from specdec.kernels.cpu.exp import sigmoid, silu
 from specdec.kernels.cpu.jit import inlined, jit
 from specdec.kernels.cpu.norm import normalize
 from specdec.kernels.cpu.products import BITS, OUT, lay_out, multiply, padded_size
+from specdec.kernels.cpu.vectors import weigh
 from specdec.kernels.experts import ExpertWeights, SharedExpert
 from specdec.kernels.linear import Piece
 from specdec.kernels.norm import Norm
@@ -106,8 +107,7 @@ def _experts(  # type: ignore[no-untyped-def]
         sources = order // experts.shape[1]
         _swiglu_experts(h, sources, used, ends, gate, up, down, y)
         for i in range(len(order)):
-            for column_of in range(size):
-                apart[order[i], column_of] = y[i, column_of]
+            apart[order[i]] = y[i]
     if len(out) == 0:
         return
     y = np.empty((rows if shared_gate[BITS] else 0, size), np.float32)
@@ -116,18 +116,14 @@ def _experts(  # type: ignore[no-untyped-def]
         sources = np.arange(rows)
         _swiglu_experts(h, sources, used, ends, shared_gate, shared_up, shared_down, y)
     top_k = weights.shape[1]
+    gate_of_shared = np.empty(1, np.float32)
     for row in range(rows):
         total = h[row]
-        for i in range(size):
-            total[i] = 0
-        for k in range(top_k):
-            weight, part = weights[row, k], apart[row * top_k + k]
-            for i in range(size):
-                total[i] += weight * part[i]
+        total[:] = 0
+        weigh(apart, row * top_k, weights[row], 0, top_k, total)
         if shared_gate[BITS]:
-            weight, part = sigmoid(share[row, column]), y[row]
-            for i in range(size):
-                total[i] += weight * part[i]
+            gate_of_shared[0] = sigmoid(share[row, column])
+            weigh(y, row, gate_of_shared, 0, 1, total)
         for i in range(size):
             out[row, i] = x[row, i] + total[i]
 
