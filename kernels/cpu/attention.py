@@ -8,12 +8,11 @@ branches.
 import numpy as np
 
 from specdec.kernels.attention import AttentionLayout, AttentionShape
-from specdec.kernels.cpu.decode import address
 from specdec.kernels.cpu.dots import STEP
 from specdec.kernels.cpu.exp import exp, sigmoid
 from specdec.kernels.cpu.jit import jit
 from specdec.kernels.cpu.norm import normalize
-from specdec.kernels.cpu.products import MOST, multiply
+from specdec.kernels.cpu.products import MOST, multiply_plain
 from specdec.kernels.cpu.rope import turn
 from specdec.kernels.cpu.vectors import weigh
 from specdec.kernels.layout import TreeLayout
@@ -135,6 +134,7 @@ def attend(  # type: ignore[no-untyped-def]
     for row in range(rows):
         places = max(places, last[row])
     scores = np.empty((width, places), np.float32)
+    wide = np.zeros((places if dim < padded else 0, padded), np.float32)
     total = np.empty(dim, np.float32)
     for kv in range(kv_heads):
         for start in range(0, rows, tile):
@@ -145,9 +145,11 @@ def attend(  # type: ignore[no-untyped-def]
                     for i in range(dim):
                         to[i] = query[i] * scale
             seen = own + stop if paths.shape[1] else places
-            data = address(keys[kv])
-            w = np.array([data, 0, 0, 32, 0, dim, seen, dim * 4])
-            multiply(w, 0, scaled, sources, 0, (stop - start) * group, scores, 0)
+            if dim < padded:
+                for place in range(seen):
+                    wide[place, :dim] = keys[kv, place]
+            whole = wide if dim < padded else keys[kv]
+            multiply_plain(whole, scaled, seen, (stop - start) * group, sources, scores)
             for row in range(start, stop):
                 for h in range(group):
                     head = kv * group + h

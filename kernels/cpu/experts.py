@@ -101,20 +101,49 @@ def _experts(  # type: ignore[no-untyped-def]
     h = np.empty((rows, size), np.float32)
     for row in range(rows):
         normalize(x[row], scale, eps, h[row])
-    if len(experts) > 0:
-        order, used, ends = _by_slot(experts, table)
-        y = np.empty((len(order), size), np.float32)
-        sources = order // experts.shape[1]
-        _swiglu_experts(h, sources, used, ends, gate, up, down, y)
-        for i in range(len(order)):
-            apart[order[i]] = y[i]
+    y = np.empty((0, size), np.float32)
+    # The routed experts, then the shared one. One call of `multiply` in the code for all of their
+    # matrices: the compiler makes a copy for each call.
+    for part in range(2):
+        routed = part == 0
+        if len(experts) == 0 if routed else len(out) == 0 or shared_gate[BITS] == 0:
+            continue
+        if routed:
+            order, used, ends = _by_slot(experts, table)
+            sources = order // experts.shape[1]
+        else:
+            order = np.arange(rows)
+            used, ends = np.zeros(1, np.int64), np.full(2, rows)
+            ends[0] = 0
+            sources = order
+        g_w, u_w = (gate, up) if routed else (shared_gate, shared_up)
+        d_w = down if routed else shared_down
+        pairs = len(sources)
+        first = _laid_out(g_w, h)
+        second = first if (g_w[BITS] == 4) == (u_w[BITS] == 4) else _laid_out(u_w, h)
+        g = np.empty((pairs, g_w[OUT]), np.float32)
+        u = np.empty((pairs, g_w[OUT]), np.float32)
+        inner = np.empty((pairs, padded_size(d_w)), np.float32)
+        y = np.empty((pairs, size), np.float32)
+        straight = np.arange(pairs)
+        for phase in range(3):
+            w = g_w if phase == 0 else u_w if phase == 1 else d_w
+            inputs = first if phase == 0 else second if phase == 1 else inner
+            at = straight if phase == 2 else sources
+            to = g if phase == 0 else u if phase == 1 else y
+            if phase == 2:
+                for i in range(pairs):
+                    own, other = g[i], u[i]
+                    for j in range(len(own)):
+                        own[j] = silu(own[j]) * other[j]
+                    lay_out(d_w, own, inner[i])
+            for group in range(len(used)):
+                multiply(w, used[group], inputs, at, ends[group], ends[group + 1], to, 0)
+        if routed:
+            for i in range(pairs):
+                apart[order[i]] = y[i]
     if len(out) == 0:
         return
-    y = np.empty((rows if shared_gate[BITS] else 0, size), np.float32)
-    if shared_gate[BITS]:
-        used, ends = np.zeros(1, np.int64), np.array([0, rows])
-        sources = np.arange(rows)
-        _swiglu_experts(h, sources, used, ends, shared_gate, shared_up, shared_down, y)
     top_k = weights.shape[1]
     gate_of_shared = np.empty(1, np.float32)
     for row in range(rows):
@@ -128,35 +157,6 @@ def _experts(  # type: ignore[no-untyped-def]
             out[row, i] = x[row, i] + total[i]
 
 
-@jit
-def _swiglu_experts(h, sources, used, ends, gate, up, down, y):  # type: ignore[no-untyped-def]
-    """y[i] = down(silu(gate h) * up h) of row sources[i], by the matrices of its group's slot.
-
-    used: the slot of each group; ends: where the groups begin and end.
-    """
-    pairs = len(sources)
-    first = _laid_out(gate, h)
-    second = first if (gate[BITS] == 4) == (up[BITS] == 4) else _laid_out(up, h)
-    g = np.empty((pairs, gate[OUT]), np.float32)
-    u = np.empty((pairs, gate[OUT]), np.float32)
-    inner = np.empty((pairs, padded_size(down)), np.float32)
-    straight = np.arange(pairs)
-    # One call in the code for the three matrices: the compiler makes a copy for each.
-    for phase in range(3):
-        w = gate if phase == 0 else up if phase == 1 else down
-        inputs = first if phase == 0 else second if phase == 1 else inner
-        at = straight if phase == 2 else sources
-        to = g if phase == 0 else u if phase == 1 else y
-        if phase == 2:
-            for i in range(pairs):
-                row, other = g[i], u[i]
-                for j in range(len(row)):
-                    row[j] = silu(row[j]) * other[j]
-                lay_out(down, row, inner[i])
-        for group in range(len(used)):
-            multiply(w, used[group], inputs, at, ends[group], ends[group + 1], to, 0)
-
-
 @inlined
 def _laid_out(w, h):  # type: ignore[no-untyped-def]
     inputs = np.empty((h.shape[0], padded_size(w)), np.float32)
@@ -165,7 +165,7 @@ def _laid_out(w, h):  # type: ignore[no-untyped-def]
     return inputs
 
 
-@jit
+@inlined
 def _by_slot(experts, table):  # type: ignore[no-untyped-def]
     """Pairs by slot, those without one left out: their order, the slots in use, and where each
     one's pairs begin and end."""
@@ -179,11 +179,17 @@ def _by_slot(experts, table):  # type: ignore[no-untyped-def]
             slot = table[experts[row, k]]
             if slot >= 0:
                 starts[slot + 1] += 1
-    used = np.flatnonzero(starts[1:])
-    ends = np.zeros(len(used) + 1, np.int64)
-    for i in range(len(used)):
-        ends[i + 1] = ends[i] + starts[used[i] + 1]
+    groups = 0
     for slot in range(stack):
+        groups += starts[slot + 1] > 0
+    used = np.empty(groups, np.int64)
+    ends = np.zeros(groups + 1, np.int64)
+    groups = 0
+    for slot in range(stack):
+        if starts[slot + 1] > 0:
+            used[groups] = slot
+            groups += 1
+            ends[groups] = ends[groups - 1] + starts[slot + 1]
         starts[slot + 1] += starts[slot]
     order = np.empty(starts[stack], np.int64)
     for row in range(rows):

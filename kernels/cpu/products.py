@@ -11,7 +11,7 @@ import numpy as np
 
 from specdec.kernels.cpu.decode import address, decode_row
 from specdec.kernels.cpu.dots import CHUNK, STEP, WIDE, store_dots
-from specdec.kernels.cpu.jit import inlined, jit
+from specdec.kernels.cpu.jit import inlined
 
 # A Weight's table (Weight.table): where it lies in memory, and its format.
 DATA, SCALES, BIASES, BITS, GROUP, SIZE, OUT, STRIDE = range(8)
@@ -21,65 +21,61 @@ MOST = 8 if WIDE else 2  # input rows beside them
 TILE = 4 * MOST  # input rows for which a weight row is decoded to float32 once
 
 
-def _each_block(bits: int) -> list[Callable[..., None]]:
-    """Products for BLOCK weight rows (half of them at a time from 6 rows on) and 1 to 8 rows."""
+def _block(bits: int, rows: int) -> Callable[..., None]:
+    """Products for BLOCK weight rows, from 6 rows on for half of them."""
     if WIDE:
-        return [store_dots(bits, BLOCK if rows < 6 else 2, rows) for rows in range(1, 9)]
-    return [store_dots(bits, BLOCK, min(rows, MOST)) for rows in range(1, 9)]
+        return store_dots(bits, BLOCK if rows < 6 else BLOCK // 2, rows)
+    return store_dots(bits, BLOCK, min(rows, MOST))
 
 
 _plain_one, _half_one, _packed_one = (store_dots(bits, 1, 1) for bits in (32, 16, 4))
-_plain1, _plain2, _plain3, _plain4, _plain5, _plain6, _plain7, _plain8 = _each_block(32)
-_half1, _half2, _half3, _half4, _half5, _half6, _half7, _half8 = _each_block(16)
-_packed1, _packed2, _packed3, _packed4, _packed5, _packed6, _packed7, _packed8 = _each_block(4)
+_plain1, _plain2, _plain4, _plain8 = (_block(32, rows) for rows in (1, 2, 4, 8))
+_half1, _half2, _half4, _half8 = (_block(16, rows) for rows in (1, 2, 4, 8))
+_packed1, _packed2, _packed3, _packed4, _packed5, _packed6, _packed7, _packed8 = (
+    _block(4, rows) for rows in range(1, 9)
+)
 
 
 @inlined
-def _plain_block(rows, d, s, u, v, g, size, x, pitch, at, y, width):  # type: ignore[no-untyped-def]
-    """BLOCK float32 weight rows, `s` bytes apart, with up to MOST rows."""
-    if rows == 1:
-        _plain1(d, s, u, v, g, size, x, pitch, at, y, width)
-    elif rows == 2:
-        _plain2(d, s, u, v, g, size, x, pitch, at, y, width)
-    elif rows == 3:
-        _plain3(d, s, u, v, g, size, x, pitch, at, y, width)
-    elif rows == 4:
-        _plain4(d, s, u, v, g, size, x, pitch, at, y, width)
-    elif rows == 5:
-        _plain5(d, s, u, v, g, size, x, pitch, at, y, width)
-    else:
-        for half in range(2):
-            h, z = d + 2 * half * s, y + 8 * half
-            if rows == 6:
-                _plain6(h, s, u, v, g, size, x, pitch, at, z, width)
-            elif rows == 7:
-                _plain7(h, s, u, v, g, size, x, pitch, at, z, width)
-            else:
-                _plain8(h, s, u, v, g, size, x, pitch, at, z, width)
+def _plain_rows(rows, d, s, size, x, pitch, at, y, width):  # type: ignore[no-untyped-def]
+    """BLOCK float32 weight rows, `s` bytes apart, with any number of rows."""
+    done = 0
+    while done < rows:
+        left, f, z = rows - done, at + 8 * done, y + done * width
+        if WIDE and left >= 8:
+            _plain8(d, s, 0, 0, 0, size, x, pitch, f, z, width)
+            _plain8(d + 2 * s, s, 0, 0, 0, size, x, pitch, f, z + 8, width)
+            done += 8
+        elif WIDE and left >= 4:
+            _plain4(d, s, 0, 0, 0, size, x, pitch, f, z, width)
+            done += 4
+        elif left >= 2:
+            _plain2(d, s, 0, 0, 0, size, x, pitch, f, z, width)
+            done += 2
+        else:
+            _plain1(d, s, 0, 0, 0, size, x, pitch, f, z, width)
+            done += 1
 
 
 @inlined
-def _half_block(rows, d, s, u, v, g, size, x, pitch, at, y, width):  # type: ignore[no-untyped-def]
-    """BLOCK bfloat16 weight rows with up to MOST rows."""
-    if rows == 1:
-        _half1(d, s, u, v, g, size, x, pitch, at, y, width)
-    elif rows == 2:
-        _half2(d, s, u, v, g, size, x, pitch, at, y, width)
-    elif rows == 3:
-        _half3(d, s, u, v, g, size, x, pitch, at, y, width)
-    elif rows == 4:
-        _half4(d, s, u, v, g, size, x, pitch, at, y, width)
-    elif rows == 5:
-        _half5(d, s, u, v, g, size, x, pitch, at, y, width)
-    else:
-        for half in range(2):
-            h, z = d + 2 * half * s, y + 8 * half
-            if rows == 6:
-                _half6(h, s, u, v, g, size, x, pitch, at, z, width)
-            elif rows == 7:
-                _half7(h, s, u, v, g, size, x, pitch, at, z, width)
-            else:
-                _half8(h, s, u, v, g, size, x, pitch, at, z, width)
+def _half_rows(rows, d, s, size, x, pitch, at, y, width):  # type: ignore[no-untyped-def]
+    """BLOCK bfloat16 weight rows with any number of rows."""
+    done = 0
+    while done < rows:
+        left, f, z = rows - done, at + 8 * done, y + done * width
+        if WIDE and left >= 8:
+            _half8(d, s, 0, 0, 0, size, x, pitch, f, z, width)
+            _half8(d + 2 * s, s, 0, 0, 0, size, x, pitch, f, z + 8, width)
+            done += 8
+        elif WIDE and left >= 4:
+            _half4(d, s, 0, 0, 0, size, x, pitch, f, z, width)
+            done += 4
+        elif left >= 2:
+            _half2(d, s, 0, 0, 0, size, x, pitch, f, z, width)
+            done += 2
+        else:
+            _half1(d, s, 0, 0, 0, size, x, pitch, f, z, width)
+            done += 1
 
 
 @inlined
@@ -107,7 +103,7 @@ def _packed_block(rows, d, s, u, v, g, size, x, pitch, at, y, width):  # type: i
                 _packed8(h, s, p, q, g, size, x, pitch, at, z, width)
 
 
-@jit
+@inlined
 def multiply(w, slot, inputs, sources, first, last, out, column):  # type: ignore[no-untyped-def]
     """out[i, column:] = the slot's matrix times inputs[sources[i]], for first <= i < last.
 
@@ -118,7 +114,7 @@ def multiply(w, slot, inputs, sources, first, last, out, column):  # type: ignor
     groups = size // group * 4 if group else 0
     data = w[DATA] + slot * features * stride
     scales, biases = w[SCALES] + slot * features * groups, w[BIASES] + slot * features * groups
-    x, pitch, width = address(inputs), inputs.strides[0], out.strides[0]
+    pitch, width = inputs.strides[0], out.strides[0]
     padded = inputs.shape[1]
     direct = group % CHUNK == 0 if bits == 4 else bits >= 16 and size == padded
     kind = bits if direct else 32
@@ -129,7 +125,6 @@ def multiply(w, slot, inputs, sources, first, last, out, column):  # type: ignor
     tiles = (rows + most - 1) // most
     for tile in range(tiles):
         start, stop = first + rows * tile // tiles, first + rows * (tile + 1) // tiles
-        blocks = (stop - start + MOST - 1) // MOST
         for feature in range(0, features, BLOCK):
             count = min(BLOCK, features - feature)
             d, s = data + feature * stride, stride
@@ -139,28 +134,45 @@ def multiply(w, slot, inputs, sources, first, last, out, column):  # type: ignor
                     p, q = u + i * groups, v + i * groups
                     decode_row(bits, d + i * stride, p, q, group, size, values[i])
                 d, s = address(values), values.strides[0]
-            for block in range(blocks):
-                begin = start + (stop - start) * block // blocks
-                end = start + (stop - start) * (block + 1) // blocks
-                y = address(out) + begin * width + (column + feature) * 4
-                at = address(sources) + 8 * begin
-                if count < BLOCK:
-                    for i in range((end - begin) * count):
-                        row, k = i // count, i % count
-                        e, f, z = d + k * s, at + 8 * row, y + row * width + 4 * k
-                        p, q = u + k * groups, v + k * groups
-                        if kind == 4:
-                            _packed_one(e, s, p, q, group, padded, x, pitch, f, z, width)
-                        elif kind == 16:
-                            _half_one(e, s, p, q, group, padded, x, pitch, f, z, width)
-                        else:
-                            _plain_one(e, s, p, q, group, padded, x, pitch, f, z, width)
-                elif kind == 4:
-                    _packed_block(end - begin, d, s, u, v, group, padded, x, pitch, at, y, width)
-                elif kind == 16:
-                    _half_block(end - begin, d, s, u, v, group, padded, x, pitch, at, y, width)
-                else:
-                    _plain_block(end - begin, d, s, u, v, group, padded, x, pitch, at, y, width)
+            # Addresses are taken here because an array lives until its last use in the code.
+            x, at = address(inputs), address(sources) + 8 * start
+            y = address(out) + start * width + (column + feature) * 4
+            if count < BLOCK:
+                for i in range((stop - start) * count):
+                    row, k = i // count, i % count
+                    e, f, z = d + k * s, at + 8 * row, y + row * width + 4 * k
+                    p, q = u + k * groups, v + k * groups
+                    if kind == 4:
+                        _packed_one(e, s, p, q, group, padded, x, pitch, f, z, width)
+                    elif kind == 16:
+                        _half_one(e, s, p, q, group, padded, x, pitch, f, z, width)
+                    else:
+                        _plain_one(e, s, p, q, group, padded, x, pitch, f, z, width)
+            elif kind == 4:
+                _packed_block(stop - start, d, s, u, v, group, padded, x, pitch, at, y, width)
+            elif kind == 16:
+                _half_rows(stop - start, d, s, padded, x, pitch, at, y, width)
+            else:
+                _plain_rows(stop - start, d, s, padded, x, pitch, at, y, width)
+
+
+@inlined
+def multiply_plain(values, inputs, features, rows, sources, out):  # type: ignore[no-untyped-def]
+    """out[: rows, : features] = values float32 [features or more, size] times the first `rows`
+    of inputs [n, size]; size is a multiple of STEP."""
+    size = inputs.shape[1]
+    stride, pitch, width = values.strides[0], inputs.strides[0], out.strides[0]
+    for feature in range(0, features, BLOCK):
+        count = min(BLOCK, features - feature)
+        d, x, at = address(values) + feature * stride, address(inputs), address(sources)
+        y = address(out) + 4 * feature
+        if count == BLOCK:
+            _plain_rows(rows, d, stride, size, x, pitch, at, y, width)
+        else:
+            for i in range(rows * count):
+                row, k = i // count, i % count
+                e, f, z = d + k * stride, at + 8 * row, y + row * width + 4 * k
+                _plain_one(e, stride, 0, 0, 0, size, x, pitch, f, z, width)
 
 
 @inlined
