@@ -162,7 +162,7 @@ class _Experts:
     def __init__(self, store: ExpertStore, sizes: Sizes) -> None:
         self.store, self.sizes = store, sizes
         self.each = {
-            layer: store.expert_bytes_resident(layer, sizes.dtype) for layer in store.layers
+            layer: store.geometry(layer).bytes_resident(sizes.dtype) for layer in store.layers
         }
 
     def choose(self, room: int, pins: int | None, slots: int | None) -> tuple[int, int]:

@@ -1,44 +1,35 @@
-"""ExpertCache: the experts in memory. Pinned layers hold all of theirs, others share LRU slots.
+"""ExpertCache: the experts in memory. Pinned layers hold all of theirs, others share slots.
 
-A layer asks for the experts its rows need with `waves` and gets them in one wave, or in several
-when the slots do not hold them all at once. Experts of a live wave are never evicted. Recency
-changes only when an expert is loaded and in `touch`, which commit calls: a verify pass that is
-thrown away leaves the order of what was resident as it was.
+A layer asks for the experts its rows need with `waves`, which begins to read all missing ones at
+once and hands out those that are there meanwhile. Experts of a live wave are never evicted. What
+committed rows used is told by `touch`, which commit calls: a verify pass that is thrown away, or a
+row that is rejected, is no use. `prefetch` loads ahead of any asking.
 
 Layers whose experts differ in shape or packing cannot share slots; each kind gets its own group.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import NamedTuple
 
 import mlx.core as mx
 import numpy as np
 
-from specdec.kernels.array import Array, concatenate, to_numpy
+from specdec.kernels.array import Array
 from specdec.kernels.experts import ExpertWeights
 from specdec.target.expert_bank import ExpertBank
-from specdec.target.expert_store import ExpertStore
+from specdec.target.expert_counters import LayerCounters, PinnedHits
+from specdec.target.expert_loads import ExpertLoads, Group, Load
+from specdec.target.expert_reader import ExpertReader, ReadCounters
 from specdec.target.pins import share_slots
-from specdec.target.store import Geometry
+from specdec.target.policy import make_policy
+from specdec.target.quotas import protected_layers, quotas, union
+from specdec.target.slots import SlotTable
+from specdec.target.store import Store
+from specdec.target.streaming import Streaming
 
-UNCOUNTED = 4096  # uses of pinned layers that are counted together
-
-
-@dataclass(frozen=True)
-class LayerCounters:
-    """What one layer asked of the cache since the counters were reset.
-
-    hits, misses: experts asked for with `waves` (each once per call) that were, or were not,
-        resident when asked. A pinned layer used through `bank` counts what `count_hits` is told.
-    bytes_read: bytes that read calls returned for this layer, those of a failed wave included.
-    """
-
-    layer: int
-    pinned: bool
-    hits: int
-    misses: int
-    bytes_read: int
+PROGRESS_SECONDS = 0.1
+_NONE = np.zeros(0, np.int32)
 
 
 class Wave(NamedTuple):
@@ -46,79 +37,85 @@ class Wave(NamedTuple):
 
     table: int32 [experts of the layer], the slot of each expert of this wave, -1 for all others.
     experts: int32, ascending.
+    fleeting: the next wave may fill these slots anew: what uses them must be evaluated before.
     """
 
     bank: ExpertWeights
     table: np.ndarray
     experts: np.ndarray
-
-
-class _Group:
-    """Slots for layers of one geometry: bank, owners and recency."""
-
-    def __init__(self, geometry: Geometry, slots: int, dtype: mx.Dtype) -> None:
-        self.bank = ExpertBank(geometry, slots, dtype)
-        self.owner_layer = np.full(slots, -1, np.int32)  # -1: the slot is empty
-        self.owner_expert = np.full(slots, -1, np.int32)
-        self.used = np.full(slots, -1, np.int64)  # larger is more recent; -1: empty, goes first
-
-    def victims(self, count: int, live: np.ndarray) -> np.ndarray:
-        """The `count` least recently used slots that are not live: empty ones, then the oldest."""
-        order = np.argsort(self.used, kind="stable")
-        free = order[~np.isin(order, live)]
-        assert len(free) >= count
-        return free[:count]
+    fleeting: bool = False
 
 
 class ExpertCache:
     """Resident experts of all MoE layers."""
 
     def __init__(
-        self, store: ExpertStore, pinned: Sequence[int], slots: int, dtype: mx.Dtype
+        self,
+        store: Store,
+        pinned: Sequence[int],
+        slots: int,
+        dtype: mx.Dtype,
+        streaming: Streaming | None = None,
     ) -> None:
-        """Allocate the banks.
+        """Allocate the banks and open the files for reading.
 
         pinned: layers that will hold all their experts once `load_pinned` ran.
         slots: experts that all other layers hold together; at most as many as they have are made.
         dtype: of scales, biases and dense weights in memory; other float dtypes on disk are
             converted while reading.
-        PlanError when there are fewer slots than kinds of unpinned layers.
+        PlanError when there are fewer slots than kinds of unpinned layers; CheckpointError where
+        direct reads cannot be had.
         """
         assert set(pinned) <= set(store.layers)
         self.store = store
-        experts = store.num_experts
+        self.streaming = how = streaming or Streaming()
+        experts, top_k = store.num_experts, store.config.top_k
         self._pinned = {
             layer: ExpertBank(store.geometry(layer), experts, dtype) for layer in sorted(pinned)
         }
         unpinned = [layer for layer in store.layers if layer not in self._pinned]
         kinds = list(dict.fromkeys(store.geometry(layer) for layer in unpinned))
-        sizes = [experts * sum(store.geometry(i) == kind for i in unpinned) for kind in kinds]
-        shares = share_slots(slots, sizes) if kinds else ()
-        groups = {
-            kind: _Group(kind, share, dtype) for kind, share in zip(kinds, shares, strict=True)
-        }
-        self._groups = {layer: groups[store.geometry(layer)] for layer in unpinned}
-        self._tables = {layer: np.full(experts, -1, np.int32) for layer in unpinned}
+        members = [[i for i in unpinned if store.geometry(i) == kind] for kind in kinds]
+        shares = share_slots(slots, [experts * len(layers) for layers in members]) if kinds else ()
+        protected = protected_layers(how.protect, store.layers)
+        wanted = union(experts, top_k, how.rows)
+        self._groups: dict[int, Group] = {}
+        for kind, layers, share in zip(kinds, members, shares, strict=True):
+            quota = quotas(share, layers, wanted, top_k, protected)
+            table = SlotTable(share, experts, quota, make_policy(how.policy, share))
+            group = Group(ExpertBank(kind, share, dtype), table)
+            self._groups |= dict.fromkeys(layers, group)
+        groups = {id(group): group for group in self._groups.values()}.values()
         self.slots = sum(shares)
-        self.nbytes = sum(bank.nbytes for bank in self._pinned.values()) + sum(
-            group.bank.nbytes for group in groups.values()
-        )
-        self._tick = 0
+        self.nbytes = sum(bank.nbytes for bank in self._pinned.values())
+        self.nbytes += sum(group.bank.nbytes for group in groups)
+        self._tables = [group.table for group in groups]
+        self._reader = ExpertReader(store.files, how.queue_depth, how.direct)
+        self._counters = {i: LayerCounters(i, i in self._pinned) for i in store.layers}
+        self._loads = ExpertLoads(store, self._reader, self._groups, self._counters)
+        self._live: tuple[Group | None, np.ndarray] = None, _NONE
+        # Told of each request before its reads begin: layer, experts asked for, those missing.
+        self.observers: list[Callable[[int, np.ndarray, np.ndarray], None]] = []
         self.reset_counters()
 
     def load_pinned(self, on_progress: Callable[[int, int], None] | None = None) -> None:
         """Read all experts of the pinned layers; on_progress(bytes read, bytes in all)."""
-        layers = list(self._pinned)
-        total = sum(info.nbytes for layer in layers for info in self.store.infos(layer))
-        done = 0
-        for layer in layers:
-            for index in self.store.reading_order(layer):
-                view = self._pinned[layer].views[index]
-                count = self.store.read(layer, index, 0, view)
-                self._bytes_read[layer] += count
-                done += count
-                if on_progress is not None:
-                    on_progress(done, total)
+        each = range(self.store.num_experts)
+        sizes = {i: len(each) * self.store.geometry(i).bytes_on_disk for i in self._pinned}
+        done, total = 0, sum(sizes.values())
+        for layer, bank in self._pinned.items():
+            request = self._reader.submit(self._loads.slices(layer, each, bank, each))
+            try:
+                while not request.wait(PROGRESS_SECONDS):
+                    if on_progress is not None:
+                        on_progress(done + min(request.bytes_read, sizes[layer]), total)
+            except BaseException:
+                self._reader.drain()
+                raise
+            self._counters[layer].bytes_read += request.bytes_read
+            done += sizes[layer]
+            if on_progress is not None:
+                on_progress(done, total)
 
     def is_pinned(self, layer: int) -> bool:
         return layer in self._pinned
@@ -134,118 +131,165 @@ class ExpertCache:
         return self._groups[layer].bank.weights
 
     def waves(self, layer: int, experts: np.ndarray) -> Iterator[Wave]:
-        """Make experts resident, in as many waves as the slots demand: one if they fit.
+        """Make experts resident: those that are, while the missing ones are read, then those.
 
-        experts: int [n], ids; repeated ids count once. Resident ones come in the first wave. The
-        missing ones of a wave are read together, by file and offset.
-        Everything that used the cache must be evaluated before this is called and before the next
-        wave is taken. ExpertReadError when a read fails: the experts of that wave that were to be
-        loaded are then absent, everything else is as it was, and asking again is allowed.
+        experts: int [n], ids; repeated ids count once. Reads of all missing experts, or of as many
+        as the slots hold, are submitted together and before the first wave is handed out; when the
+        slots do not hold them all at once there are more waves, each read while the one before is
+        computed.
+        Everything that used the cache must be evaluated before this is called, and a fleeting wave
+        before the next one is taken. ExpertReadError when a read fails: the experts that were to
+        be loaded are then absent, everything else is as it was, and asking again is allowed.
         """
         needed = np.unique(experts).astype(np.int32)
+        counters = self._counters[layer]
+        counters.passes += 1
         if layer in self._pinned:
-            self._hits[layer] += len(needed)
+            counters.hits += len(needed)
             table = np.full(self.store.num_experts, -1, np.int32)
             table[needed] = needed
             yield Wave(self._pinned[layer].weights, table, needed)
             return
-        resident = self._tables[layer][needed] >= 0
-        hits, missing = needed[resident], needed[~resident]
-        self._hits[layer] += len(hits)
-        self._misses[layer] += len(missing)
-        room = self._groups[layer].bank.slots - len(hits)
-        first, missing = missing[:room], missing[room:]
-        yield self._wave(layer, hits, first)
-        while len(missing):
-            room = self._groups[layer].bank.slots
-            first, missing = missing[:room], missing[room:]
-            yield self._wave(layer, missing[:0], first)
+        self._loads.recover()
+        self._loads.collect()
+        held = self._groups[layer].table
+        slots = held.places(layer)[needed]
+        there = held.full(slots)
+        hits, coming, missing = needed[there], needed[~there & (slots >= 0)], needed[slots < 0]
+        counters.hits += len(hits)
+        counters.misses += len(needed) - len(hits)
+        counters.early_hits += held.asked(layer, needed) + len(coming)
+        for observer in self.observers:
+            observer(layer, needed, missing)
+        early = [load for load in self._loads.early(layer) if np.isin(load.experts, coming).any()]
+        for load in early:
+            self._loads.hurry(load)
+        yield from self._waves(layer, hits, coming, missing, early)
+
+    def prefetch(self, layer: int, experts: np.ndarray) -> int:
+        """Begin to load experts that may be asked for soon; the bytes that will be read.
+
+        They go to empty slots and to those that the policy would clear first, quotas respected,
+        never to slots of the request before; as many as there is room for, the first of `experts`
+        first. Reads wait until nothing urgent does. They count as used only when a committed row
+        uses them, and stay until their layer has asked once.
+        """
+        if layer in self._pinned:
+            return 0
+        self._loads.recover()
+        self._loads.collect()
+        group = self._groups[layer]
+        ids = np.array(list(dict.fromkeys(np.asarray(experts).tolist())), np.int32)
+        ids = ids[group.table.places(layer)[ids] < 0]
+        live = self._live[1] if self._live[0] is group else _NONE
+        ids = np.sort(ids[: group.table.room(layer, live)])
+        self._loads.begin(layer, ids, live, early=True)
+        self._counters[layer].early += len(ids)
+        return len(ids) * self.store.geometry(layer).bytes_on_disk
 
     def resident(self, layer: int) -> np.ndarray:
         """Ids of the layer's experts that are in memory, int32, ascending."""
         if layer in self._pinned:
             return np.arange(self.store.num_experts, dtype=np.int32)
-        return np.flatnonzero(self._tables[layer] >= 0).astype(np.int32)
-
-    def count_hits(self, layer: int, experts: Array) -> None:
-        """One pass used these experts of a pinned layer without asking: each counts as one hit.
-
-        Counted later: reading a layer's routing back would cost the GPU its head start.
-        """
-        assert layer in self._pinned
-        self._uncounted.append((layer, experts))
-        if len(self._uncounted) >= UNCOUNTED:
-            self._count()
+        return self._groups[layer].table.resident(layer)
 
     def touch(self, layer: int, experts: np.ndarray) -> None:
-        """Mark experts as just used, the highest id last; absent ones are passed over."""
-        if layer in self._pinned:
-            return
-        slots = self._tables[layer][np.unique(experts)]
-        self._mark(self._groups[layer], slots[slots >= 0])
+        """Committed rows used these experts, the highest id last; absent ones are passed over."""
+        if layer not in self._pinned:
+            self._groups[layer].table.touch(layer, experts)
+
+    def count_hits(self, layer: int, experts: Array) -> None:
+        """One pass used these experts of a pinned layer without asking: each counts as one hit."""
+        assert layer in self._pinned
+        if self._pinned_hits.add(layer, experts):
+            self._count_pinned()
+
+    def count_synchronization(self, layer: int) -> None:
+        """The host waited for results of this layer."""
+        self._counters[layer].synchronizations += 1
 
     def counters(self) -> tuple[LayerCounters, ...]:
         """Per MoE layer, ascending."""
-        self._count()
-        return tuple(
-            LayerCounters(
-                layer,
-                self.is_pinned(layer),
-                self._hits[layer],
-                self._misses[layer],
-                self._bytes_read[layer],
-            )
-            for layer in self.store.layers
-        )
+        self._count_pinned()
+        for table in self._tables:
+            for layer, count in table.evictions.items():
+                self._counters[layer].evictions = count
+        return tuple(replace(one) for one in self._counters.values())
+
+    def reads(self) -> ReadCounters:
+        """What the disk delivered since the counters were reset."""
+        return self._reader.counters()
 
     def reset_counters(self) -> None:
-        self._uncounted: list[tuple[int, Array]] = []
-        self._hits = dict.fromkeys(self.store.layers, 0)
-        self._misses = dict.fromkeys(self.store.layers, 0)
-        self._bytes_read = dict.fromkeys(self.store.layers, 0)
+        self._pinned_hits = PinnedHits()
+        for layer, counters in self._counters.items():
+            vars(counters).update(vars(LayerCounters(layer, layer in self._pinned)))
+        for table in self._tables:
+            table.evictions = dict.fromkeys(table.layers, 0)
+        self._reader.reset_counters()
 
-    def _count(self) -> None:
-        """Count the hits of pinned layers, read back all at once."""
-        if self._uncounted:
-            layers, used = zip(*self._uncounted, strict=True)
-            flat = to_numpy(concatenate([experts.reshape(-1) for experts in used]))
-            ends = np.cumsum([experts.size for experts in used])
-            for layer, ids in zip(layers, np.split(flat, ends[:-1]), strict=True):
-                self._hits[layer] += len(set(ids.tolist()))
-            self._uncounted = []
+    def _waves(
+        self,
+        layer: int,
+        hits: np.ndarray,
+        coming: np.ndarray,
+        missing: np.ndarray,
+        early: list[Load],
+    ) -> Iterator[Wave]:
+        """hits: to be handed out at once. coming: what the early loads bring. missing: to read."""
+        live = self._slots(layer, hits, coming)
+        fits = len(missing) <= self._room(layer, live)
+        load, rest = self._begin(layer, missing, live, fits)
+        if len(hits) or not len(coming) + len(missing):
+            yield self._wave(layer, hits, fleeting=not fits)
+        for one in early:
+            self._loads.finish(one)
+        while len(load.experts) or len(coming) or len(rest):
+            following = Load(layer, _NONE)
+            if len(rest):
+                live = self._slots(layer, coming, load.experts)
+                following, rest = self._begin(layer, rest, live, not len(live))
+            self._loads.finish(load)
+            wave = np.union1d(coming, load.experts)
+            if len(wave):
+                more = len(rest) + len(following.experts) > 0
+                yield self._wave(layer, wave, fleeting=more)
+            load, coming = following, _NONE
 
-    def _wave(self, layer: int, hits: np.ndarray, missing: np.ndarray) -> Wave:
-        """Load the missing experts beside the hits."""
-        group, resident = self._groups[layer], self._tables[layer]
-        if len(missing):
-            slots = group.victims(len(missing), resident[hits])
-            self._evict(group, slots)
-            self._read(layer, missing, slots)
-            # Only now do the slots hold experts: an error above leaves them empty.
-            group.owner_layer[slots] = layer
-            group.owner_expert[slots] = missing
-            resident[missing] = slots
-            self._mark(group, slots)
-        wave = np.union1d(hits, missing)
+    def _begin(
+        self, layer: int, missing: np.ndarray, live: np.ndarray, whole: bool
+    ) -> tuple[Load, np.ndarray]:
+        """Begin to load what there is room for beside the live slots: the load, and what is left.
+
+        whole: that all of it fits. Otherwise half of the room is left for the load after this one,
+        which is read while this one is computed with.
+        """
+        room = self._room(layer, live)
+        count = room if whole or len(live) else -(-room // 2)
+        load = self._loads.begin(layer, missing[:count], live)
+        self._live = self._groups[layer], np.concatenate([live, load.slots])
+        return load, missing[count:]
+
+    def _room(self, layer: int, live: np.ndarray) -> int:
+        """Room beside the live slots; early loads make way where there would be none at all."""
+        table = self._groups[layer].table
+        room = table.room(layer, live)
+        if room == 0 and not len(live):
+            for load in self._loads.early():
+                self._loads.drop(load)
+            room = table.room(layer, live)
+            assert room > 0
+        return room
+
+    def _slots(self, layer: int, *experts: np.ndarray) -> np.ndarray:
+        return self._groups[layer].table.places(layer)[np.concatenate(experts)]
+
+    def _wave(self, layer: int, experts: np.ndarray, fleeting: bool) -> Wave:
+        group = self._groups[layer]
         table = np.full(self.store.num_experts, -1, np.int32)
-        table[wave] = resident[wave]
-        return Wave(group.bank.weights, table, wave)
+        table[experts] = group.table.places(layer)[experts]
+        return Wave(group.bank.weights, table, experts.astype(np.int32), fleeting)
 
-    def _evict(self, group: _Group, slots: np.ndarray) -> None:
-        for slot in slots[group.owner_layer[slots] >= 0]:
-            self._tables[int(group.owner_layer[slot])][group.owner_expert[slot]] = -1
-        group.owner_layer[slots] = group.owner_expert[slots] = -1
-        group.used[slots] = -1
-
-    def _read(self, layer: int, experts: np.ndarray, slots: np.ndarray) -> None:
-        """Read experts into slots of the layer's bank, ascending by file and offset."""
-        bank = self._groups[layer].bank
-        # Tensors do not overlap, and experts ascend within each.
-        for index in self.store.reading_order(layer):
-            for expert, slot in zip(experts.tolist(), slots.tolist(), strict=True):
-                view = bank.views[index][slot : slot + 1]
-                self._bytes_read[layer] += self.store.read(layer, index, expert, view)
-
-    def _mark(self, group: _Group, slots: np.ndarray) -> None:
-        group.used[slots] = np.arange(self._tick, self._tick + len(slots))
-        self._tick += len(slots)
+    def _count_pinned(self) -> None:
+        for layer, count in self._pinned_hits.take():
+            self._counters[layer].hits += count

@@ -117,6 +117,10 @@ class ExpertReader:
         """Begin to read. With `idle`, once nothing urgent waits."""
         return self._queue.submit(slices, idle)
 
+    def drain(self) -> None:
+        """Cancel every request: afterwards no memory is written to any more."""
+        self._queue.drain()
+
     def counters(self) -> ReadCounters:
         return self._queue.counters()
 
@@ -136,6 +140,7 @@ class _Queue:
         self._lines: tuple[deque, deque] = deque(), deque()  # urgent, idle
         self._waiting = threading.Condition(threading.Lock())
         self._threads: list[threading.Thread] = []
+        self._requests: set[Request] = set()  # that may not be over
         self._closed, self._under_way, self._since = False, 0, 0.0
         self.reset_counters()
 
@@ -144,6 +149,7 @@ class _Queue:
         request = Request(self, len(todo), {piece.file for piece in todo})
         with self._waiting:
             assert not self._closed, "submit to a closed reader"
+            self._requests = {one for one in self._requests if not one.done} | {request}
             self._lines[idle].extend((request, piece) for piece in todo)
             while len(self._threads) < min(self._depth, len(todo)):
                 thread = threading.Thread(target=self._work, name="expert reads", daemon=True)
@@ -161,6 +167,12 @@ class _Queue:
                     request.finish(0, None)
                 line.clear()
                 line.extend(kept)
+
+    def drain(self) -> None:
+        with self._waiting:
+            requests = list(self._requests)
+        for request in requests:
+            request.cancel()
 
     def hurry(self, request: Request) -> None:
         with self._waiting:

@@ -3,7 +3,7 @@
 import numpy as np
 
 # File dtype -> the NumPy dtype that holds it; uint16 for bfloat16, which NumPy does not know.
-HOLDERS = {
+HOLDERS: dict[str, np.dtype] = {
     "BF16": np.dtype(np.uint16),
     "F16": np.dtype(np.float16),
     "F32": np.dtype(np.float32),

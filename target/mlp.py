@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from specdec.kernels.array import Array, evaluate, to_numpy
+from specdec.kernels.array import Array, evaluate, start, to_numpy
 from specdec.kernels.experts import (
     ExpertWeights,
     SharedExpert,
@@ -74,9 +74,10 @@ class MoE:
         )
 
     def _streamed(self, x: Array, routing: Routing, gate: Piece | None, this: Pass) -> Array:
-        """For a layer whose experts come and go: at once if all that the rows need fit the slots,
-        else each (row, expert) pair in the wave that has the expert."""
+        """For a layer whose experts come and go: at once if all that the rows need are there, else
+        each (row, expert) pair in the wave that has the expert, while the next one is read."""
         chosen = this.chosen[self.layer] = to_numpy(routing.experts)
+        self.experts.count_synchronization(self.layer)
         apart = None
         for wave in self.experts.waves(self.layer, chosen.reshape(-1)):
             table = self.backend.index(wave.table)
@@ -84,5 +85,9 @@ class MoE:
                 return feed_forward(x, self.norm, self.bank, routing, table, self.shared, gate)
             part = experts_apart(x, self.norm, self.bank, routing, table)
             apart = part if apart is None else apart + part
-            evaluate(apart)  # before the next wave overwrites the slots
+            if wave.fleeting:
+                evaluate(apart)
+                self.experts.count_synchronization(self.layer)
+            else:
+                start(apart)
         return combine(x, self.norm, apart, routing, self.shared, gate)

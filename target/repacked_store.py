@@ -5,13 +5,11 @@ index that contradicts the config: other layers, another number of experts, othe
 packings.
 """
 
-import numpy as np
-
 from specdec.checkpoint import Checkpoint
 from specdec.errors import CheckpointError
 from specdec.shards import FLOATS, TensorInfo
 from specdec.target.config import TargetConfig
-from specdec.target.expert_store import ExpertStore, _convert, _numpy_dtype
+from specdec.target.expert_store import ExpertStore
 from specdec.target.repacked_index import INDEX, LayerFile, RepackedIndex, is_repacked
 from specdec.target.store import PROJECTIONS, ExpertTensor, Geometry, Span
 
@@ -31,29 +29,11 @@ class RepackedStore(ExpertStore):
                 f"experts in {list(self.layers)}"
             )
 
-    def expert(self, layer: int, index: int, expert: int) -> TensorInfo:
-        """Where one expert's slice of a tensor of the geometry lies."""
-        file, info = self._files[layer], self._infos[layer][index]
-        one = file.slices[index]
-        offset = file.places[expert] * file.stride + one.offset
-        name = f"{info.name} of expert {expert}"
-        return TensorInfo(name, info.file, one.dtype, one.shape, offset, one.nbytes)
-
     def spans(self, layer: int, expert: int) -> tuple[Span, ...]:
         """As Store says: slices of one record."""
         file = self._files[layer]
         at, record = self._places[self._infos[layer][0].file], file.places[expert] * file.stride
         return tuple(Span(at, record + one.offset, one.nbytes) for one in file.slices)
-
-    def read(self, layer: int, index: int, first: int, target: np.ndarray) -> int:
-        """As ExpertStore.read, expert by expert: consecutive ones need not lie together."""
-        for at, part in enumerate(target):
-            info = self.expert(layer, index, first + at)
-            into = part if part.dtype == _numpy_dtype(info.dtype) else _staging(info)
-            self.checkpoint.pread_into(info, 0, into.reshape(-1).view(np.uint8).data)
-            if into is not part:
-                part[...] = _convert(into, part.dtype)
-        return len(target) * self._files[layer].slices[index].nbytes
 
     def _describe(self, layer: int) -> tuple[tuple[TensorInfo, ...], Geometry]:
         file = self._files.get(layer)
@@ -107,10 +87,6 @@ def open_store(checkpoint: Checkpoint, config: TargetConfig) -> ExpertStore:
     """The store of a model folder: of its repacked experts where it has an index of them."""
     kind = RepackedStore if is_repacked(checkpoint.folder) else ExpertStore
     return kind(checkpoint, config)
-
-
-def _staging(info: TensorInfo) -> np.ndarray:
-    return np.empty(info.shape, _numpy_dtype(info.dtype))
 
 
 def _words(expected: list[tuple[str, str, tuple[int, ...], bool]]) -> str:

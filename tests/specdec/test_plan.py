@@ -52,7 +52,7 @@ def fixed(store: ExpertStore) -> int:
 
 
 def layer_bytes(store: ExpertStore) -> int:
-    return EXPERTS * store.expert_bytes_resident(0, mx.float32)
+    return EXPERTS * store.geometry(0).bytes_resident(mx.float32)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

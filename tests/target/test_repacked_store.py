@@ -129,7 +129,7 @@ def test_a_layer_file_truncated_while_open_is_a_short_read(tmp_path: Path) -> No
     cache = ExpertCache(store, (), 4, mx.float32)
     list(cache.waves(3, np.array([0])))
     os.truncate(tmp_path / "out" / "experts-00003.bin", 100)
-    with pytest.raises(ExpertReadError, match=r"experts-00003\.bin: short read of .*expert"):
+    with pytest.raises(ExpertReadError, match=r"experts-00003\.bin: short read at byte"):
         list(cache.waves(3, np.array([2, 3])))
     assert cache.resident(3).tolist() == [0]
 

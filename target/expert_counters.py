@@ -1,0 +1,65 @@
+"""Counters of the expert cache: what each layer asked for, and what that cost."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from specdec.kernels.array import Array, concatenate, to_numpy
+
+UNCOUNTED = 4096  # uses of pinned layers that are counted together
+
+
+@dataclass
+class LayerCounters:
+    """What one layer asked of the cache since the counters were reset.
+
+    hits, misses: experts asked for with `waves` (each once per call) that were, or were not,
+        resident when asked. A pinned layer used through `bank` counts what `count_hits` is told.
+    bytes_read: bytes that read calls returned for this layer, those of failed reads included.
+    evictions: experts of this layer that had to leave their slots.
+    stall_seconds: time in which the forward pass waited for this layer's reads.
+    passes: calls of `waves`. synchronizations: times the host waited for results of this layer.
+    early, early_hits: experts loaded by `prefetch`, and how many of them a pass then asked for;
+        an early hit is a hit when its read was over, and a miss when the pass had to wait for it.
+    """
+
+    layer: int
+    pinned: bool
+    hits: int = 0
+    misses: int = 0
+    bytes_read: int = 0
+    evictions: int = 0
+    stall_seconds: float = 0.0
+    passes: int = 0
+    synchronizations: int = 0
+    early: int = 0
+    early_hits: int = 0
+
+
+class PinnedHits:
+    """Experts that passes used of pinned layers, counted many at a time.
+
+    Reading a layer's routing back at once would cost a GPU its head start.
+    """
+
+    def __init__(self) -> None:
+        self._layers: list[int] = []
+        self._used: list[Array] = []
+
+    def add(self, layer: int, experts: Array) -> bool:
+        """Note one pass's experts, any shape; whether it is time to `take` them."""
+        self._layers.append(layer)
+        self._used.append(experts)
+        return len(self._used) >= UNCOUNTED
+
+    def take(self) -> Sequence[tuple[int, int]]:
+        """(layer, distinct experts) of every pass noted since the last call."""
+        if not self._used:
+            return ()
+        flat = to_numpy(concatenate([experts.reshape(-1) for experts in self._used]))
+        ends = np.cumsum([experts.size for experts in self._used])
+        parts = np.split(flat, ends[:-1])
+        counts = [(i, len(set(ids.tolist()))) for i, ids in zip(self._layers, parts, strict=True)]
+        self._layers, self._used = [], []
+        return counts

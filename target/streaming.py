@@ -1,0 +1,30 @@
+"""Streaming: the settings of how experts are read and kept. None of them changes a token."""
+
+from dataclasses import dataclass
+
+from specdec.target.policy import POLICIES
+
+QUEUE_DEPTH = 8
+PROTECT = (6, 3)
+
+
+@dataclass(frozen=True)
+class Streaming:
+    """direct: reads go past the system's page cache.
+    queue_depth: reads under way at most.
+    policy: one of target.policy.POLICIES.
+    protect: how many of the first and of the last layers get larger quotas (target/quotas.py).
+    rows: of the largest verify pass, which quotas are made for.
+    """
+
+    direct: bool = False
+    queue_depth: int = QUEUE_DEPTH
+    policy: str = POLICIES[0]
+    protect: tuple[int, int] = PROTECT
+    rows: int = 1
+
+    def __post_init__(self) -> None:
+        assert self.queue_depth >= 1
+        assert self.policy in POLICIES
+        assert min(self.protect) >= 0
+        assert self.rows >= 1
