@@ -7,14 +7,14 @@ dots.py decodes and in which inputs for them are laid out. All others come as th
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import numpy as np
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
+from numba.np.arrayobj import make_array
 
 from specdec.kernels.cpu.dots import LANES, STEP
-from specdec.kernels.cpu.jit import inlined, jit
+from specdec.kernels.cpu.jit import jit
 
 BFLOAT16 = 16  # bits of a dense weight, as Weight.table says
 _FLOAT, _INDEX, _BYTE, _WORD = ir.FloatType(), ir.IntType(64), ir.IntType(8), ir.IntType(32)
@@ -122,10 +122,15 @@ _decode2, _decode3, _decode4, _decode5, _decode6, _decode8, _decode16 = (
 )
 
 
-@inlined
-def address(array):  # type: ignore[no-untyped-def]
+@intrinsic
+def address(typing, array):  # type: ignore[no-untyped-def]
     """Where an array's values begin; good for as long as the array lives."""
-    return np.int64(array.ctypes.data)
+
+    def generate(context: Any, builder: Any, signature: Any, args: Sequence[Any]) -> Any:
+        data = make_array(signature.args[0])(context, builder, args[0]).data
+        return builder.ptrtoint(data, _INDEX)
+
+    return types.int64(array), generate
 
 
 @jit

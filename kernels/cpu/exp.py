@@ -13,7 +13,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from specdec.kernels.cpu.jit import inlined
+from specdec.kernels.cpu.jit import jit
 
 _FLOAT, _WORD = ir.FloatType(), ir.IntType(32)
 _ONE = np.float32(1)
@@ -68,11 +68,11 @@ def fma(typing, a, b, c):  # type: ignore[no-untyped-def]
     return types.float32(*[types.float32] * 3), generate
 
 
-@inlined
+@jit
 def sigmoid(x):  # type: ignore[no-untyped-def]
     return _ONE / (_ONE + exp(-x))
 
 
-@inlined
+@jit
 def silu(x):  # type: ignore[no-untyped-def]
     return x / (_ONE + exp(-x))

@@ -7,7 +7,7 @@ summed up later give the bits of all at once.
 import numpy as np
 
 from specdec.kernels.cpu.exp import sigmoid, silu
-from specdec.kernels.cpu.jit import inlined, jit
+from specdec.kernels.cpu.jit import jit
 from specdec.kernels.cpu.norm import normalize
 from specdec.kernels.cpu.products import BITS, OUT, lay_out, multiply, padded_size
 from specdec.kernels.cpu.vectors import weigh
@@ -157,7 +157,7 @@ def _experts(  # type: ignore[no-untyped-def]
             out[row, i] = x[row, i] + total[i]
 
 
-@inlined
+@jit
 def _laid_out(w, h):  # type: ignore[no-untyped-def]
     inputs = np.empty((h.shape[0], padded_size(w)), np.float32)
     for row in range(h.shape[0]):
@@ -165,7 +165,7 @@ def _laid_out(w, h):  # type: ignore[no-untyped-def]
     return inputs
 
 
-@inlined
+@jit
 def _by_slot(experts, table):  # type: ignore[no-untyped-def]
     """Pairs by slot, those without one left out: their order, the slots in use, and where each
     one's pairs begin and end."""

@@ -5,7 +5,7 @@ import math
 import numpy as np
 
 from specdec.kernels.cpu.exp import sigmoid, silu
-from specdec.kernels.cpu.jit import inlined, jit
+from specdec.kernels.cpu.jit import jit
 
 
 def rms_norm(x: np.ndarray, weight: np.ndarray | None, eps: float) -> np.ndarray:
@@ -37,7 +37,7 @@ def sigmoid_gate(x: np.ndarray, gate: np.ndarray) -> np.ndarray:
     return out
 
 
-@inlined
+@jit
 def normalize(x, weight, eps, out):  # type: ignore[no-untyped-def]
     """One row: x / sqrt(mean(x^2) + eps) * weight into out."""
     total = np.float32(0)

@@ -11,7 +11,7 @@ import numpy as np
 
 from specdec.kernels.cpu.decode import address, decode_row
 from specdec.kernels.cpu.dots import CHUNK, STEP, WIDE, store_dots
-from specdec.kernels.cpu.jit import inlined
+from specdec.kernels.cpu.jit import inlined, jit
 
 # A Weight's table (Weight.table): where it lies in memory, and its format.
 DATA, SCALES, BIASES, BITS, GROUP, SIZE, OUT, STRIDE = range(8)
@@ -175,13 +175,13 @@ def multiply_plain(values, inputs, features, rows, sources, out):  # type: ignor
                 _plain_one(e, stride, 0, 0, 0, size, x, pitch, f, z, width)
 
 
-@inlined
+@jit
 def padded_size(w):  # type: ignore[no-untyped-def]
     """Columns of the inputs of a weight."""
     return (w[SIZE] + STEP - 1) // STEP * STEP
 
 
-@inlined
+@jit
 def lay_out(w, row, to):  # type: ignore[no-untyped-def]
     """An input row as the weight's products read it: `to` [padded], zeros behind the last."""
     size = w[SIZE]

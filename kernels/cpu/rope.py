@@ -5,7 +5,7 @@ import math
 import numpy as np
 
 from specdec.kernels.cpu.exp import fma
-from specdec.kernels.cpu.jit import inlined, jit
+from specdec.kernels.cpu.jit import jit
 
 
 def rotate(x: np.ndarray, cos: np.ndarray, sin: np.ndarray) -> np.ndarray:
@@ -15,7 +15,7 @@ def rotate(x: np.ndarray, cos: np.ndarray, sin: np.ndarray) -> np.ndarray:
     return out
 
 
-@inlined
+@jit
 def turn(x, cos, sin):  # type: ignore[no-untyped-def]
     """One row, in place."""
     half = len(cos)

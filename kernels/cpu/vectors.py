@@ -16,7 +16,7 @@ from numba.extending import intrinsic
 from specdec.kernels.cpu.decode import address
 from specdec.kernels.cpu.dots import LANES
 from specdec.kernels.cpu.exp import fma
-from specdec.kernels.cpu.jit import inlined
+from specdec.kernels.cpu.jit import jit
 
 _FLOAT, _INDEX, _WORD = ir.FloatType(), ir.IntType(64), ir.IntType(32)
 _VECTOR = ir.VectorType(_FLOAT, LANES)
@@ -188,7 +188,7 @@ _read1, _read4 = _reader(1), _reader(4)
 _update1, _update4 = _updater(1), _updater(4)
 
 
-@inlined
+@jit
 def add_products(a, b, total):  # type: ignore[no-untyped-def]
     """total += a * b, element by element.
 
@@ -200,7 +200,7 @@ def add_products(a, b, total):  # type: ignore[no-untyped-def]
         total[i] = fma(a[i], b[i], total[i])
 
 
-@inlined
+@jit
 def weigh(values, first, weights, start, count, total):  # type: ignore[no-untyped-def]
     """total += weights[start:] . values[first:], `count` of them; values [n, dim], total [dim]."""
     size = len(total)
@@ -219,7 +219,7 @@ def weigh(values, first, weights, start, count, total):  # type: ignore[no-untyp
             total[i] = fma(weights[start + at], values[first + at, i], total[i])
 
 
-@inlined
+@jit
 def read(state, key, query, by_key, by_query):  # type: ignore[no-untyped-def]
     """by_key = S k and by_query = S q for a state [key_dim, value_dim]."""
     size, values = state.shape
@@ -239,7 +239,7 @@ def read(state, key, query, by_key, by_query):  # type: ignore[no-untyped-def]
         by_key[v], by_query[v] = first, second
 
 
-@inlined
+@jit
 def update(source, decay, key, delta, target):  # type: ignore[no-untyped-def]
     """target = decay S + key delta^T; both [key_dim, value_dim], they may be the same."""
     size, values = source.shape
