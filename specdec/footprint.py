@@ -21,6 +21,7 @@ from specdec.target.config import TargetConfig
 from specdec.target.state import KV_STEP
 
 FLOAT = 4  # logits, scores, recurrent states and their inputs are always float32
+QUERIES = 8  # heads and rows whose scores kernels/cpu computes together, where heads are fewer
 # MLX dispatches a layer's operations ahead of their execution: some of the next are alive too.
 AHEAD = 1.25
 
@@ -51,16 +52,21 @@ class Sizes:
 
     @property
     def rows(self) -> int:
-        """Rows of a verify pass: plain decoding (budget 1) has the root alone."""
-        return self.budget + 1 if self.budget > 1 else 1
+        """Rows of a verify pass."""
+        return verify_rows(self.budget)
 
-    def score_rows(self, rows: int) -> int:
-        """Of how many rows the attention scores are held at a time."""
-        return 1 if self.row_by_row else rows
+    def scores(self, heads: int, rows: int) -> int:
+        """How many queries the attention scores of a layer are held of at a time."""
+        return max(heads, QUERIES) if self.row_by_row else rows * heads
 
     def committed(self, draft: DraftConfig | None) -> int:
         """The most tokens a session commits: the last round may overshoot by a block."""
         return self.context + (draft.block_size if draft else 0)
+
+
+def verify_rows(budget: int) -> int:
+    """Rows of a verify pass: plain decoding (budget 1) has the root alone."""
+    return budget + 1 if budget > 1 else 1
 
 
 def dense_parts(checkpoint: Checkpoint, config: TargetConfig, dtype: mx.Dtype) -> dict[str, int]:
@@ -149,7 +155,7 @@ def prefill_scratch(config: TargetConfig, draft: DraftConfig | None, sizes: Size
     """
     chunk, size = min(sizes.chunk, sizes.prompt), sizes.dtype.size
     passes = _layer_bytes(config, chunk, sizes)
-    passes += 2 * sizes.score_rows(chunk) * config.num_heads * sizes.context * FLOAT
+    passes += 2 * sizes.scores(config.num_heads, chunk) * sizes.context * FLOAT
     passes += 2 * state_bytes(config, sizes.dtype) + 2 * config.vocab_size * FLOAT
     if draft is None:
         return passes
@@ -171,7 +177,7 @@ def verify_scratch(config: TargetConfig, draft: DraftConfig | None, sizes: Sizes
     """
     rows, gdn, dtype = sizes.rows, config.gdn, sizes.dtype
     tree = _layer_bytes(config, rows, sizes) + 2 * rows * config.vocab_size * FLOAT
-    tree += 2 * sizes.score_rows(rows) * config.num_heads * sizes.context * FLOAT
+    tree += 2 * sizes.scores(config.num_heads, rows) * sizes.context * FLOAT
     if not sizes.row_by_row:
         tree += 4 * rows * 2 * BLOCK * config.num_kv_heads * config.head_dim * FLOAT
         tree += rows * config.num_heads * (config.head_dim + 1) * (sizes.context // BLOCK) * FLOAT
@@ -179,8 +185,8 @@ def verify_scratch(config: TargetConfig, draft: DraftConfig | None, sizes: Sizes
     if gdn is not None:
         head = gdn.value_dim * gdn.key_dim * FLOAT
         if sizes.row_by_row:
-            # The recurrence's inputs, some as views that keep whole projections.
-            features = gdn.conv_channels + 2 * gdn.keys + gdn.values
+            # Keys, deltas and decays, beside the convolution's rows.
+            features = gdn.keys + gdn.values + gdn.num_value_heads
             tree += (rows + 2 * gdn.num_value_heads) * head
         else:
             features = gdn.num_value_heads * (gdn.value_dim + gdn.key_dim)

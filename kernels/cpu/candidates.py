@@ -39,7 +39,7 @@ def _top(logits, ids, values, totals):  # type: ignore[no-untyped-def]
         peak = maxima[0]
         for run in range(runs):
             peak = max(peak, maxima[run])
-        total = 0.0
+        total = np.float64(0)
         for run in range(runs):
             part = logits[row, run * _RUN : min(run * _RUN + _RUN, vocab)]
             partial = np.float32(0)

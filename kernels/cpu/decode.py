@@ -10,11 +10,10 @@ from typing import Any
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
-from numba.extending import intrinsic
 from numba.np.arrayobj import make_array
 
 from specdec.kernels.cpu.dots import LANES, STEP
-from specdec.kernels.cpu.jit import jit
+from specdec.kernels.cpu.jit import intrinsic, jit
 
 BFLOAT16 = 16  # bits of a dense weight, as Weight.table says
 _FLOAT, _INDEX, _BYTE, _WORD = ir.FloatType(), ir.IntType(64), ir.IntType(8), ir.IntType(32)

@@ -17,7 +17,8 @@ from llvmlite import ir
 from llvmlite.binding import get_host_cpu_features
 from numba import types
 from numba.core import cgutils
-from numba.extending import intrinsic
+
+from specdec.kernels.cpu.jit import intrinsic
 
 LANES = 16
 STEP = 2 * LANES  # features per step; the length of an input row is a multiple of it
@@ -54,11 +55,11 @@ def store_dots(bits: int, weights: int, rows: int) -> Callable[..., None]:
             starts = [builder.add(data, builder.mul(stride, _INDEX(w))) for w in range(weights)]
             if bits == 4:
                 groups = builder.mul(builder.sdiv(size, group), _INDEX(_FLOAT_BYTES))
-                tables = [
+                first, second = (
                     [builder.add(base, builder.mul(groups, _INDEX(w))) for w in range(weights)]
                     for base in (scales, biases)
-                ]
-                sums = build.packed(size, group, starts, *tables, inputs)
+                )
+                sums = build.packed(size, group, starts, first, second, inputs)
             else:
                 sums = build.plain(size, starts, inputs, bits)
             build.store(build.fold(sums), weights, rows, out, width)

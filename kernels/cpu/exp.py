@@ -11,9 +11,8 @@ import numpy as np
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
-from numba.extending import intrinsic
 
-from specdec.kernels.cpu.jit import jit
+from specdec.kernels.cpu.jit import intrinsic, jit
 
 _FLOAT, _WORD = ir.FloatType(), ir.IntType(32)
 _ONE = np.float32(1)

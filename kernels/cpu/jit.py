@@ -13,8 +13,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from numba import njit
+from numba import extending, njit
 from numba.core import event
+
+# An operation spelt out in LLVM instructions; called without the first argument of its definition.
+intrinsic: Any = extending.intrinsic
 
 FAST = {"reassoc", "contract", "nsz", "arcp"}
 _SOURCES = hashlib.sha256(
@@ -41,7 +44,12 @@ def _compiled(
     # Numba keeps a kernel under its name and looks for changes in its own file only; a kernel is
     # made of the others too, of the dot products above all.
     function.__qualname__ += f"_{_SOURCES}"
-    options = {"fastmath": FAST, "nogil": True, "error_model": "numpy", "inline": inline}
+    options: dict[str, Any] = {
+        "fastmath": FAST,
+        "nogil": True,
+        "error_model": "numpy",
+        "inline": inline,
+    }
     return njit(function, cache=cache, **options)
 
 

@@ -11,12 +11,11 @@ import numpy as np
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
-from numba.extending import intrinsic
 
 from specdec.kernels.cpu.decode import address
 from specdec.kernels.cpu.dots import LANES
 from specdec.kernels.cpu.exp import fma
-from specdec.kernels.cpu.jit import jit
+from specdec.kernels.cpu.jit import intrinsic, jit
 
 _FLOAT, _INDEX, _WORD = ir.FloatType(), ir.IntType(64), ir.IntType(32)
 _VECTOR = ir.VectorType(_FLOAT, LANES)

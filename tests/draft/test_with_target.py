@@ -44,7 +44,7 @@ def test_after_any_rounds_the_draft_knows_what_a_prefill_would_tell_it(loaded, m
         answer += engine.step(1).tokens
     rng = np.random.default_rng(4)
 
-    def knows(bonus: int, width: int) -> Block:
+    def knows(bonus: int, width: int, *slots) -> Block:
         assert engine.draft.length == engine.target.length
         at = engine.draft.length - len(PROMPT) + 1
         right = np.array(answer[at : at + 5])

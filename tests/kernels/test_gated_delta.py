@@ -33,8 +33,9 @@ class Mixer:
         self.state = normal(rng, heads, value_dim, key_dim)
         place = self.on.place
         norm = Norm(place(self.norm), EPS)
-        arrays = (place(a) for a in (self.conv_weight, self.a_log, self.dt_bias))
-        self.weights = DeltaWeights(*arrays, norm, key_heads, heads, key_dim, value_dim)
+        conv, a_log, dt_bias = (place(a) for a in (self.conv_weight, self.a_log, self.dt_bias))
+        sizes = key_heads, heads, key_dim, value_dim
+        self.weights = DeltaWeights(conv, a_log, dt_bias, norm, *sizes)
 
     def some_rows(self, rng, count) -> np.ndarray:
         """qkv, z, b and a of each row, side by side."""
