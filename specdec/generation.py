@@ -18,7 +18,10 @@ from specdec.interrupt import Interrupts
 from specdec.round import Prefill, Round
 from specdec.stops import StopScanner
 from specdec.target.config import TargetConfig
-from specdec.target.expert_cache import LayerCounters
+from specdec.target.expert_counters import LayerCounters
+from specdec.target.expert_reader import ReadCounters
+from specdec.target.layer_clock import LayerTime
+from specdec.target.streaming import Streaming
 from specdec.target.tolerance import LayerSubstitutions
 from specdec.tokenizer import Tokenizer
 
@@ -49,7 +52,10 @@ class Result:
     rounds: every round that was run; the last may hold tokens beyond the end.
     seconds_to_first_token: from the request on, prefill included; to the interrupt if none came.
     decode_seconds: from the first token to the end.
-    experts: expert traffic of this request, prefill included.
+    experts: expert traffic of this request, prefill included; prompt_bytes_read: the prefill's.
+    reads: what the disk delivered for it. streaming: how experts were read and kept. None where
+        nothing told.
+    layer_times: seconds per layer, where --timing asked for them.
     substitutions: per layer what --cache-tolerance changed; None where routing was exact.
     """
 
@@ -62,6 +68,10 @@ class Result:
     decode_seconds: float
     experts: tuple[LayerCounters, ...]
     substitutions: tuple[LayerSubstitutions, ...] | None = None
+    prompt_bytes_read: int = 0
+    reads: ReadCounters | None = None
+    streaming: Streaming | None = None
+    layer_times: tuple[LayerTime, ...] | None = None
 
     @property
     def token_sha256(self) -> str:
@@ -94,6 +104,9 @@ def generate(
     rounds: list[Round] = []
     prefill, finish = Prefill(None, len(request.prompt_tokens), 0.0), None
     failure: SpecdecError | None = None
+    clock, prompt_bytes = engine.target.clock, 0
+    if clock is not None:
+        clock.reset()
     start, first = perf_counter(), None
     with Interrupts() as interrupts:
 
@@ -105,6 +118,7 @@ def generate(
         try:
             prefill = engine.prefill(request.prompt_tokens, request.budget > 1, progress)
             first = perf_counter()
+            prompt_bytes = sum(one.bytes_read for one in engine.target.experts.counters())
             assert prefill.token is not None
             finish = writer.emit((prefill.token,))
             while finish is None:
@@ -133,6 +147,10 @@ def generate(
         seconds_to_first_token=first - start,
         decode_seconds=end - first,
         experts=engine.target.experts.counters(),
+        prompt_bytes_read=prompt_bytes,
+        reads=engine.target.experts.reads(),
+        streaming=engine.target.experts.streaming,
+        layer_times=clock.times() if clock is not None else None,
         substitutions=tolerance.counts() if tolerance is not None else None,
     )
     if failure is not None:

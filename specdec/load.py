@@ -6,7 +6,7 @@ the tokenizer, and whether the memory plan fits its cap.
 
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import mlx.core as mx
@@ -18,7 +18,7 @@ from specdec.draft.model import Draft
 from specdec.draft.pairing import check_pairing
 from specdec.engine import Engine
 from specdec.errors import PlanError
-from specdec.footprint import Sizes
+from specdec.footprint import Sizes, verify_rows
 from specdec.hub import resolve
 from specdec.kernels.array import Backend, choose_backend
 from specdec.kernels.executor import use_gpu_kernels
@@ -28,10 +28,12 @@ from specdec.plan import COMPILER_BYTES, KEPT_BYTES, MemoryPlan, make_plan
 from specdec.target.config import TargetConfig
 from specdec.target.expert_cache import ExpertCache
 from specdec.target.expert_store import ExpertStore
+from specdec.target.layer_clock import LayerClock
 from specdec.target.manifest import Manifest
 from specdec.target.model import Target
 from specdec.target.repacked_index import is_repacked
 from specdec.target.repacked_store import open_store
+from specdec.target.streaming import Streaming
 from specdec.target.tolerance import Tolerance
 from specdec.tokenizer import Tokenizer
 
@@ -47,6 +49,8 @@ class Settings:
     context: tokens of prompt and answer together; budget: the largest that will be used. Both are
         planned for, and the engine keeps to them.
     prompt: tokens of the longest prompt, None for as many as the context holds.
+    streaming: how experts are read and kept; `rows` follows from the budget.
+    timing: whether every layer is timed, which slows it down.
     cache_tolerance: margin of cache-aware routing (target.tolerance), 0 for exact routing.
     kernels: the backend by its name, None for what suits the machine (see choose_backend).
     """
@@ -62,6 +66,8 @@ class Settings:
     prompt: int | None = None
     kernels: str | None = None
     cache_tolerance: float = 0.0
+    streaming: Streaming = field(default_factory=Streaming)
+    timing: bool = False
 
 
 @dataclass(frozen=True)
@@ -117,12 +123,15 @@ def load(
             on_plan(plan)
         mx.set_cache_limit(KEPT_BYTES)
         backend = found.backend
-        cache = ExpertCache(found.store, plan.pinned, plan.slots, backend.dtype)
+        streaming = replace(settings.streaming, rows=verify_rows(settings.budget))
+        cache = ExpertCache(found.store, plan.pinned, plan.slots, backend.dtype, streaming)
         taps = found.draft[1].target_layer_ids if found.draft else ()
         target = Target.load(found.target, found.config, cache, backend, taps)
         if settings.cache_tolerance > 0:
             normalize = found.config.norm_topk_prob
             target.tolerate(Tolerance(settings.cache_tolerance, normalize, backend))
+        if settings.timing:
+            target.clock = LayerClock(found.config.layer_types)
         cache.load_pinned(on_progress)
         draft = None
         if found.draft is not None:
@@ -188,4 +197,5 @@ def _plan(found: _Headers, settings: Settings) -> MemoryPlan:
         memory_bytes=None if memory is None else int(memory * GB),
         runtime_bytes=resident_bytes(),
         compiler_bytes=COMPILER_BYTES if found.backend.name == "cpu" else 0,
+        streaming=settings.streaming,
     )

@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from specdec.errors import SpecdecError
+from specdec.expert_metrics import ExpertMetrics, expert_metrics
 from specdec.ratio import ratio
 from specdec.substitutions import SubstitutionMetrics, substitutions
 
 if TYPE_CHECKING:  # for types only: counting must not pay for importing MLX
     from specdec.generation import Result
-    from specdec.target.expert_cache import LayerCounters
 
 PHASES = ("draft", "build", "verify", "commit")
 
@@ -50,40 +50,6 @@ class Phase:
     name: str
     ms_per_round: float
     share: float
-
-
-@dataclass(frozen=True)
-class LayerExperts:
-    """One layer's expert traffic; a request is one distinct expert needed by one forward pass."""
-
-    layer: int
-    pinned: bool
-    hits: int
-    misses: int
-    bytes_read: int
-
-
-@dataclass(frozen=True)
-class ExpertMetrics:
-    """Expert traffic of a run, prefill included.
-
-    hits, misses: requests of unpinned layers found in a slot, and read from disk.
-    pinned_requests: requests of pinned layers, which never read.
-    hit_rate: hits / (hits + misses), unpinned layers only.
-    effective_hit_rate: (hits + pinned_requests) / all requests. Pinning more layers can lower
-        `hit_rate` (fewer slots for the rest) while it raises this one: compare settings by this.
-    bytes_read: bytes read from disk, counted at the read.
-    bytes_per_token: bytes_read / generated tokens.
-    """
-
-    hits: int
-    misses: int
-    pinned_requests: int
-    hit_rate: float | None
-    effective_hit_rate: float | None
-    bytes_read: int
-    bytes_per_token: float | None
-    layers: tuple[LayerExperts, ...]
 
 
 @dataclass(frozen=True)
@@ -183,7 +149,7 @@ def measure(result: "Result") -> Metrics:
         drafted_share=ratio(accepted, accepted + len(rounds)),
         depths=_depths(result),
         phases=_phases(result),
-        experts=_experts(result.experts, len(result.tokens)),
+        experts=expert_metrics(result),
         token_sha256=result.token_sha256,
         substitutions=substitutions(result.substitutions, len(result.tokens)),
     )
@@ -242,25 +208,4 @@ def _phases(result: "Result") -> tuple[Phase, ...]:
     return tuple(
         Phase(name, 1000 * value / len(result.rounds), ratio(value, total) or 0.0)
         for name, value in seconds.items()
-    )
-
-
-def _experts(counters: Sequence["LayerCounters"], tokens: int) -> ExpertMetrics:
-    layers = tuple(
-        LayerExperts(one.layer, one.pinned, one.hits, one.misses, one.bytes_read)
-        for one in counters
-    )
-    hits = sum(one.hits for one in layers if not one.pinned)
-    misses = sum(one.misses for one in layers if not one.pinned)
-    pinned = sum(one.hits for one in layers if one.pinned)
-    bytes_read = sum(one.bytes_read for one in layers)
-    return ExpertMetrics(
-        hits=hits,
-        misses=misses,
-        pinned_requests=pinned,
-        hit_rate=ratio(hits, hits + misses),
-        effective_hit_rate=ratio(hits + pinned, hits + misses + pinned),
-        bytes_read=bytes_read,
-        bytes_per_token=ratio(bytes_read, tokens),
-        layers=layers,
     )

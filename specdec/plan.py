@@ -30,8 +30,11 @@ from specdec.footprint import (
     verify_scratch,
 )
 from specdec.memory import default_cap
-from specdec.target.expert_store import ExpertStore
+from specdec.target.expert_reader import reader_bytes
 from specdec.target.pins import pinned_layers, share_slots
+from specdec.target.quotas import union
+from specdec.target.store import Store
+from specdec.target.streaming import Streaming
 from specdec.units import size
 
 # What MLX keeps of freed buffers on a CPU; load sets the same limit everywhere.
@@ -77,7 +80,7 @@ class MemoryPlan:
 
 
 def make_plan(
-    store: ExpertStore,
+    store: Store,
     draft: tuple[Checkpoint, DraftConfig] | None,
     sizes: Sizes,
     *,
@@ -86,12 +89,14 @@ def make_plan(
     memory_bytes: int | None = None,
     runtime_bytes: int = 0,
     compiler_bytes: int = 0,
+    streaming: Streaming | None = None,
 ) -> MemoryPlan:
     """Plan a run from headers and configs; reads no weight.
 
     pin_layers, cache_slots: as asked for, None to decide here. memory_bytes: the cap, None for
     `default_cap`. runtime_bytes: what the process holds already. compiler_bytes: COMPILER_BYTES
-    for a backend that compiles its kernels here.
+    for a backend that compiles its kernels here. streaming: how experts will be read; None for a
+    run that reads none.
     PlanError as the module says.
     """
     cap, cap_note = default_cap() if memory_bytes is None else (memory_bytes, "as asked for")
@@ -103,7 +108,8 @@ def make_plan(
             for name, count in dense_parts(store.checkpoint, store.config, sizes.dtype).items()
         ),
     ]
-    others = _state_parts(store, draft, sizes) + _scratch_parts(store, draft, sizes)
+    reads = [_reads_part(streaming)] if streaming is not None else []
+    others = reads + _state_parts(store, draft, sizes) + _scratch_parts(store, draft, sizes)
     fixed = sum(part.bytes for part in (*weights, *others))
     experts = _Experts(store, sizes)
     pins, slots = experts.choose(cap - fixed, pin_layers, cache_slots)
@@ -126,8 +132,13 @@ def make_plan(
     return MemoryPlan(parts, cap, cap_note, pinned_layers(pins, store.layers), slots)
 
 
+def _reads_part(streaming: Streaming) -> Part:
+    note = f"{streaming.queue_depth} at a time, {streaming.io}"
+    return Part("expert reads", reader_bytes(streaming.queue_depth), note)
+
+
 def _state_parts(
-    store: ExpertStore, draft: tuple[Checkpoint, DraftConfig] | None, sizes: Sizes
+    store: Store, draft: tuple[Checkpoint, DraftConfig] | None, sizes: Sizes
 ) -> list[Part]:
     config, context = store.config, sizes.committed(draft[1] if draft else None)
     positions = f"{len(config.full_layers)} layers, {kv_capacity(context)} positions"
@@ -142,7 +153,7 @@ def _state_parts(
 
 
 def _scratch_parts(
-    store: ExpertStore, draft: tuple[Checkpoint, DraftConfig] | None, sizes: Sizes
+    store: Store, draft: tuple[Checkpoint, DraftConfig] | None, sizes: Sizes
 ) -> list[Part]:
     config = draft[1] if draft else None
     prefill = prefill_scratch(store.config, config, sizes)
@@ -159,7 +170,7 @@ def _scratch_parts(
 class _Experts:
     """Costs and choices of pins and slots; a count of pins stands for `pinned_layers` of it."""
 
-    def __init__(self, store: ExpertStore, sizes: Sizes) -> None:
+    def __init__(self, store: Store, sizes: Sizes) -> None:
         self.store, self.sizes = store, sizes
         self.each = {
             layer: store.geometry(layer).bytes_resident(sizes.dtype) for layer in store.layers
@@ -212,12 +223,10 @@ class _Experts:
     def wanted(self, pins: int) -> int:
         """Slots that a verify pass wants of the unpinned layers together.
 
-        Expected distinct experts of `rows` rows that choose top_k of E at random:
-        E (1 - (1 - top_k / E)^rows); real rows agree more than that.
+        What quotas are made for, too (target/quotas.py).
         """
-        config, experts = self.store.config, self.store.num_experts
-        union = experts * (1 - (1 - config.top_k / experts) ** self.sizes.rows)
-        layer = min(experts, max(2 * config.top_k, round(union)))
+        store = self.store
+        layer = union(store.num_experts, store.config.top_k, self.sizes.rows)
         return layer * (len(self.store.layers) - pins)
 
     def slots_within(self, room: int, pins: int) -> int:

@@ -14,7 +14,10 @@ def summary(metrics: Metrics, memory: Memory) -> str:
         ("round", _phases(metrics)),
         ("experts", _experts(metrics)),
         ("", _expert_bytes(metrics)),
+        ("", _expert_waiting(metrics)),
+        ("", _streaming(metrics)),
         *substitution_rows(metrics),
+        *_layer_rows(metrics),
         ("memory", memory_line(memory)),
         ("tokens", f"sha256 {metrics.token_sha256}"),
     ]
@@ -44,11 +47,18 @@ def side_by_side(comparison: Comparison, memory: Memory) -> str:
         ("hit rate (unpinned)", *(percent(run.experts.hit_rate) for run in runs)),
         ("hit rate (with pinned)", *(percent(run.experts.effective_hit_rate) for run in runs)),
         ("read per token", *(_bytes(run.experts.bytes_per_token) for run in runs)),
+        ("read per round", *(_bytes(run.experts.bytes_per_round) for run in runs)),
+        ("read per second", *(_bytes(run.experts.read_bandwidth) for run in runs)),
+        ("waited for reads, s", *(number(run.experts.stall_seconds, 2) for run in runs)),
+        ("evictions", *(str(run.experts.evictions) for run in runs)),
     ]
     lines = [table(rows), "", f"mean acceptance length: {ACCEPTANCE_LENGTH}"]
     lines += [f"{label:<12}{text}" for label, text in _depths(comparison.speculative)]
     for name, run in (("plain", comparison.plain), ("speculative", comparison.speculative)):
         lines += [f"{label:<12}{name}: {text}" for label, text in substitution_rows(run)]
+    lines.append(f"streaming   {_streaming(comparison.speculative)}")
+    for name, run in (("plain", comparison.plain), ("speculative", comparison.speculative)):
+        lines += [f"{label:<12}{name}: {text}" for label, text in _layer_rows(run)]
     lines += [f"memory      {memory_line(memory)}", *verdict(comparison)]
     return "\n".join(lines)
 
@@ -154,7 +164,49 @@ def _experts(metrics: Metrics) -> str:
 
 def _expert_bytes(metrics: Metrics) -> str:
     experts = metrics.experts
-    return f"{size(experts.bytes_read)} read, {_bytes(experts.bytes_per_token)} per token"
+    return (
+        f"{size(experts.bytes_read)} read, {_bytes(experts.bytes_per_token)} per token, "
+        f"{_bytes(experts.bytes_per_round)} per round, at {_bytes(experts.read_bandwidth)}/s"
+    )
+
+
+def _expert_waiting(metrics: Metrics) -> str:
+    experts = metrics.experts
+    return (
+        f"{experts.stall_seconds:.2f} s waited for reads, {experts.evictions} evictions, "
+        f"{number(experts.synchronizations_per_pass)} host synchronizations per pass"
+    )
+
+
+def _streaming(metrics: Metrics) -> str:
+    """How experts were read and kept."""
+    one = metrics.experts
+    if one.protect is None:
+        return "-"
+    first, last = one.protect
+    return (
+        f"{one.io} reads, {one.queue_depth} at a time; policy {one.policy}; "
+        f"first {first} and last {last} layers protected"
+    )
+
+
+def _layer_rows(metrics: Metrics) -> list[tuple[str, str]]:
+    """Where each layer spent its time, if it was timed."""
+    layers = metrics.experts.layer_seconds
+    if layers is None:
+        return []
+    hits = {one.layer: one for one in metrics.experts.layers}
+    rows: list[tuple[str, ...]] = [
+        ("layer", "kind", "mixer ms", "I/O wait ms", "experts ms", "hit")
+    ]
+    for one in layers:
+        milliseconds = (f"{1000 * part:.1f}" for part in (one.mixer, one.io_wait, one.experts))
+        hit = hits[one.layer].hit_rate if one.layer in hits else None
+        rows.append((str(one.layer), one.kind.replace("_", " "), *milliseconds, percent(hit)))
+    total = [sum(getattr(one, part) for one in layers) for part in ("mixer", "io_wait", "experts")]
+    rows.append(("all", "", *(f"{1000 * part:.1f}" for part in total), ""))
+    lines = table(rows, left=(1,)).splitlines()
+    return [("timing" if at == 0 else "", line) for at, line in enumerate(lines)]
 
 
 def _phase_ms(metrics: Metrics, name: str) -> str:

@@ -216,6 +216,11 @@ class ExpertCache:
                 self._counters[layer].evictions = count
         return tuple(replace(one) for one in self._counters.values())
 
+    def slot_requests(self) -> tuple[int, int]:
+        """Hits and misses of all unpinned layers so far."""
+        unpinned = [one for one in self._counters.values() if not one.pinned]
+        return sum(one.hits for one in unpinned), sum(one.misses for one in unpinned)
+
     def reads(self) -> ReadCounters:
         """What the disk delivered since the counters were reset."""
         return self._reader.counters()

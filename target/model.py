@@ -31,6 +31,7 @@ from specdec.target.attention import Attention
 from specdec.target.config import FULL, TargetConfig
 from specdec.target.expert_cache import ExpertCache
 from specdec.target.gated_delta import GatedDelta
+from specdec.target.layer_clock import LayerClock
 from specdec.target.manifest import Manifest
 from specdec.target.mlp import MLP, MoE
 from specdec.target.passes import Pass, PromptPass, TreePass
@@ -82,6 +83,7 @@ class Target:
         # Told of each pass before it is committed: its tokens, the pass, the rows that will be.
         self.observers: list[Observer] = []
         self.tolerance: Tolerance | None = None
+        self.clock: LayerClock | None = None  # set to time the halves of every layer
         self.reset()
 
     @classmethod
@@ -199,12 +201,18 @@ class Target:
             raise NonFiniteError("NaN or Inf in the token embeddings")
         tapped: dict[int, Array] = {}
         for i, layer in enumerate(self.layers):
+            if self.clock is not None:
+                self.clock.start(x)
             x = layer.mixer(x, this)
+            if self.clock is not None:
+                self.clock.mixed(i, x)
             if probe and not finite_rows(x).all():
                 raise NonFiniteError(
                     f"NaN or Inf first appears in layer {i} ({self.config.layer_types[i]})"
                 )
             x = layer.mlp(x, this)
+            if self.clock is not None:
+                self.clock.fed(i, x)
             if probe and not finite_rows(x).all():
                 raise NonFiniteError(f"NaN or Inf first appears in layer {i} (feed-forward)")
             if i in self.taps:

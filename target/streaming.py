@@ -23,6 +23,11 @@ class Streaming:
     protect: tuple[int, int] = PROTECT
     rows: int = 1
 
+    @property
+    def io(self) -> str:
+        """How reads go, in a word."""
+        return "direct" if self.direct else "buffered"
+
     def __post_init__(self) -> None:
         assert self.queue_depth >= 1
         assert self.policy in POLICIES

@@ -54,17 +54,27 @@ class Console:
 
     def progress(self, label: str) -> Callable[[int, int], None]:
         """A callback (done, total) that redraws one line on a terminal and is silent elsewhere."""
-        if self.quiet or not sys.stderr.isatty():
-            return lambda done, total: None
-        drawn = 0.0
+        line = self.line()
 
         def draw(done: int, total: int) -> None:
-            nonlocal drawn
-            if done < total and monotonic() - drawn < REFRESH_SECONDS:
-                return
-            drawn = monotonic()
             share = f"{done / total:4.0%}" if total else ""
-            tell(f"\r{label} {share}\x1b[K", "\n" if done >= total else "")
+            if line is not None:
+                line(lambda: f"{label} {share}", done >= total)
+
+        return draw
+
+    def line(self) -> Callable[[Callable[[], str], bool], None] | None:
+        """What redraws one line of a terminal, (words, whether these are the last): words are
+        asked for only when they are drawn. None where nobody would see it."""
+        if self.quiet or not sys.stderr.isatty():
+            return None
+        drawn = 0.0
+
+        def draw(words: Callable[[], str], last: bool) -> None:
+            nonlocal drawn
+            if last or monotonic() - drawn >= REFRESH_SECONDS:
+                drawn = monotonic()
+                tell(f"\r{words()}\x1b[K", "\n" if last else "")
 
         return draw
 

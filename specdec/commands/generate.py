@@ -9,7 +9,14 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from specdec.commands.console import Console, emit
-from specdec.commands.options import MAX_BUDGET, model_options, routing_options, tree_option
+from specdec.commands.live import LiveLine
+from specdec.commands.options import (
+    MAX_BUDGET,
+    model_options,
+    routing_options,
+    timing_option,
+    tree_option,
+)
 from specdec.errors import DisagreementError, PromptError, SpecdecError
 
 if TYPE_CHECKING:
@@ -46,6 +53,7 @@ def read_lines(path, encoding="utf-8"):
     help=f"Tree nodes per round; 1: plain decoding.  [default: {DEFAULT_BUDGET}, without draft 1]",
 )
 @tree_option
+@timing_option
 @click.option("--stop", multiple=True, metavar="TEXT", help="End before this text; repeatable.")
 @click.option("--ignore-eos", is_flag=True, help="Do not end at the model's end tokens.")
 @click.option("--compare", is_flag=True, help="Also run without speculation, and compare.")
@@ -192,13 +200,26 @@ class _Runs:
         self._loaded, self._console = loaded, console
 
     def make(self, name: str, request: "Request", on_text: Callable[[str], None] | None) -> None:
-        """Run a request and keep its result; KeyboardInterrupt and SpecdecError come after."""
+        """Run a request and keep its result; KeyboardInterrupt and SpecdecError come after.
+
+        on_text: where the text goes; None to show none.
+        """
+        cache = self._loaded.engine.target.experts
+        live = LiveLine(self._console, cache, f"{name}:", request.max_tokens, on_text is not None)
+
+        def both(piece: str) -> None:
+            if on_text is not None:
+                on_text(piece)
+            live.text(piece)
+
         try:
-            self.results[name] = self.pass_by(name, request, on_text)
+            self.results[name] = self.pass_by(name, request, both)
         except SpecdecError as error:
             if error.result is not None:
                 self.results[name] = error.result
             raise
+        finally:
+            live.end()
         if self.results[name].finish == "interrupted":
             raise KeyboardInterrupt
 
@@ -224,16 +245,7 @@ def _compare(runs: _Runs, request: "Request", console: Console) -> None:
         )
         if runs.pass_by("warm-up", short, None).finish == "interrupted":
             raise KeyboardInterrupt
-    draw = console.progress("autoregressive text:")
-    pieces = 0
-
-    def count(text: str) -> None:
-        nonlocal pieces
-        pieces += 1
-        draw(min(pieces, request.max_tokens - 1), request.max_tokens)
-
-    runs.make("autoregressive", plain, count)
-    draw(request.max_tokens, request.max_tokens)
+    runs.make("autoregressive", plain, None)
     runs.make("speculative", request, _show)
 
 

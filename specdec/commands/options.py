@@ -8,6 +8,8 @@ import click
 
 MAX_BUDGET = 256
 KERNELS = ("metal", "cuda", "cpu", "reference")  # kernels.array.BACKENDS, without importing MLX
+IO = ("buffered", "direct")
+POLICIES = ("lru", "s3-fifo")  # target.policy.POLICIES, without importing NumPy
 TREES = ("best-first", "chain", "spine")
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -19,8 +21,40 @@ def _finite(ctx: click.Context, option: click.Parameter, value: float | None) ->
     return value
 
 
+class CountOrAuto(click.ParamType):
+    """A whole number from a least one on, or "auto": None, for the memory plan to decide."""
+
+    name = "COUNT"
+
+    def __init__(self, least: int) -> None:
+        self.number = click.IntRange(min=least)
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> int | None:
+        return None if value == "auto" else self.number.convert(value, param, ctx)
+
+
+class FirstLast(click.ParamType):
+    """Two counts, "6,3"."""
+
+    name = "PAIR"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[int, int]:
+        if isinstance(value, tuple):
+            return value
+        parts = value.split(",")
+        if len(parts) != 2:
+            self.fail(f"{value!r} is not two counts, as in 6,3.", param, ctx)
+        first, last = (click.IntRange(min=0).convert(part.strip(), param, ctx) for part in parts)
+        return first, last
+
+
 def memory_options(command: Command) -> Command:
-    """--pin-layers, --cache-slots, --memory-gb, --prefill-chunk."""
+    """--pin-layers, --cache-slots, --memory-gb, --prefill-chunk; how experts are read and kept:
+    --io, --queue-depth, --policy, --protect."""
     for option in (
         click.option(
             "--prefill-chunk",
@@ -38,15 +72,46 @@ def memory_options(command: Command) -> Command:
         ),
         click.option(
             "--cache-slots",
-            type=click.IntRange(min=1),
-            metavar="M",
-            help="Experts that the other layers keep in memory together.  [default: what fits]",
+            type=CountOrAuto(1),
+            metavar="M|auto",
+            help="Experts that the other layers keep in memory together.  [default: auto, what "
+            "fits under --memory-gb]",
         ),
         click.option(
             "--pin-layers",
-            type=click.IntRange(min=0),
-            metavar="N",
-            help="Layers that keep all their experts in memory.  [default: what fits]",
+            type=CountOrAuto(0),
+            metavar="N|auto",
+            help="Layers that keep all their experts in memory.  [default: auto, what fits under "
+            "--memory-gb]",
+        ),
+        click.option(
+            "--protect",
+            type=FirstLast(),
+            default="6,3",
+            metavar="F,L",
+            show_default=True,
+            help="The first F and the last L layers can lose fewer of their slots to others.",
+        ),
+        click.option(
+            "--policy",
+            type=click.Choice(POLICIES),
+            default=POLICIES[0],
+            show_default=True,
+            help="Which expert leaves its slot first.",
+        ),
+        click.option(
+            "--queue-depth",
+            type=click.IntRange(1, 64),
+            default=8,
+            show_default=True,
+            help="Expert reads under way at most.",
+        ),
+        click.option(
+            "--io",
+            type=click.Choice(IO),
+            default=IO[0],
+            show_default=True,
+            help="Read experts through the system's page cache, or directly past it.",
         ),
     ):
         command = option(command)
@@ -104,6 +169,15 @@ def routing_options(command: Command) -> Command:
     ):
         command = option(command)
     return command
+
+
+def timing_option(command: Command) -> Command:
+    """--timing."""
+    return click.option(
+        "--timing",
+        is_flag=True,
+        help="Print where each layer spends its time; measuring it slows the run down.",
+    )(command)
 
 
 def tree_option(command: Command) -> Command:

@@ -22,6 +22,7 @@ def settings(
 ) -> "Settings":
     """The load settings among a command's options."""
     from specdec.load import Settings
+    from specdec.target.streaming import Streaming
 
     return Settings(
         model=options["model"],
@@ -35,6 +36,13 @@ def settings(
         prompt=prompt,
         kernels=options.get("kernels"),
         cache_tolerance=options.get("cache_tolerance") or 0.0,
+        timing=options.get("timing", False),
+        streaming=Streaming(
+            direct=options["io"] == "direct",
+            queue_depth=options["queue_depth"],
+            policy=options["policy"],
+            protect=options["protect"],
+        ),
     )
 
 

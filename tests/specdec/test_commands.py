@@ -11,6 +11,7 @@ import pytest
 import specdec.generation
 from specdec.draft import doctor
 from specdec.load import load
+from specdec.target.streaming import Streaming
 from specdec.tokenizer import Tokenizer
 from tests.commands import PROMPT, fails, recorded, run
 from tests.pairs import write_pair
@@ -113,6 +114,95 @@ def test_the_tokenizer_is_read_once(pair, monkeypatch):
     assert opened == [pair.target]
 
 
+def test_every_streaming_option_reaches_the_cache(pair, tmp_path, monkeypatch):
+    """From the command line to the cache that reads, and into every report."""
+    seen = []
+    true_generate = specdec.generation.generate
+
+    def spy(engine, tokenizer, request, *callbacks):
+        seen.append(engine.target)
+        return true_generate(engine, tokenizer, request, *callbacks)
+
+    monkeypatch.setattr(specdec.generation, "generate", spy)
+    arguments = ("generate", *pair.options, *PROMPT, "--max-tokens", "6", "--ignore-eos")
+    slots = ("--pin-layers", "1", "--cache-slots", "9")
+    tokens = []
+    for options, expected in (
+        ((), Streaming(rows=7)),
+        (("--io", "direct"), Streaming(direct=True, rows=7)),
+        (("--queue-depth", "3", "--budget", "1"), Streaming(queue_depth=3, rows=1)),
+        (("--policy", "s3-fifo"), Streaming(policy="s3-fifo", rows=7)),
+        (("--protect", "2,0"), Streaming(protect=(2, 0), rows=7)),
+    ):
+        done, document = recorded(tmp_path, *arguments, *slots, *options)
+        assert seen[-1].experts.streaming == expected
+        assert seen[-1].clock is None
+        first, last = expected.protect
+        assert (
+            f"{expected.io} reads, {expected.queue_depth} at a time; policy {expected.policy}; "
+            f"first {first} and last {last} layers protected" in done.stderr
+        )
+        assert f"{expected.queue_depth} at a time, {expected.io}" in done.stderr  # the plan
+        (run,) = document["runs"].values()
+        experts = run["metrics"]["experts"]
+        found = [experts[name] for name in ("io", "queue_depth", "policy", "protect")]
+        assert found == [expected.io, expected.queue_depth, expected.policy, [first, last]]
+        assert experts["read_bandwidth"] > 0
+        assert experts["bytes_per_round"] > 0
+        # One for the routing of each unpinned layer; waves of few slots take more.
+        assert experts["synchronizations_per_pass"] >= 3
+        tokens.append(run["tokens"])
+    assert all(one == tokens[0] for one in tokens)
+
+
+def test_pinned_layers_wait_for_nothing(pair, tmp_path):
+    arguments = ("generate", *pair.options, *PROMPT, "--max-tokens", "6", "--ignore-eos")
+    _, document = recorded(tmp_path, *arguments, "--pin-layers", "4")
+    assert document["runs"]["speculative"]["metrics"]["experts"]["stall_seconds"] == 0
+    assert document["runs"]["speculative"]["metrics"]["experts"]["bytes_per_round"] == 0
+    _, document = recorded(tmp_path, *arguments, "--pin-layers", "1", "--cache-slots", "24")
+    experts = document["runs"]["speculative"]["metrics"]["experts"]
+    assert experts["synchronizations_per_pass"] == 3
+
+
+def test_auto_is_what_fits(pair, tmp_path):
+    arguments = ("generate", *pair.options, *PROMPT, "--max-tokens", "2")
+    plans = [
+        recorded(tmp_path, *arguments, *options)[1]["plan"]
+        for options in ((), ("--pin-layers", "auto", "--cache-slots", "auto"))
+    ]
+    assert plans[0]["pinned"] == plans[1]["pinned"]
+    assert plans[0]["slots"] == plans[1]["slots"]
+    for option, value, words in (
+        ("--pin-layers", "some", "not a valid integer"),
+        ("--protect", "3", "two counts"),
+        ("--protect", "3,-1", "-1"),
+    ):
+        done = run(*arguments, option, value)
+        assert done.exit_code == 2
+        assert option in done.stderr
+        assert words in done.stderr
+
+
+def test_timing_prints_a_line_per_layer(pair, tmp_path):
+    arguments = ("generate", *pair.options, *PROMPT, "--max-tokens", "6", "--ignore-eos")
+    done, document = recorded(
+        tmp_path, *arguments, "--timing", "--pin-layers", "1", "--cache-slots", "9"
+    )
+    one = document["runs"]["speculative"]["metrics"]["experts"]
+    assert [layer["layer"] for layer in one["layer_seconds"]] == [0, 1, 2, 3]
+    assert all(layer["mixer"] > 0 and layer["experts"] > 0 for layer in one["layer_seconds"])
+    assert one["layer_seconds"][0]["io_wait"] == 0
+    waited = sum(layer["io_wait"] for layer in one["layer_seconds"])
+    assert waited == pytest.approx(one["stall_seconds"])
+    assert re.search(
+        r"^timing +layer +kind +mixer ms +I/O wait ms +experts ms +hit$", done.stderr, re.M
+    )
+    assert re.search(r"^ +all +\d", done.stderr, re.MULTILINE)
+    _, document = recorded(tmp_path, *arguments)
+    assert document["runs"]["speculative"]["metrics"]["experts"]["layer_seconds"] is None
+
+
 def test_every_option_arrives(pair, tmp_path, monkeypatch):
     seen = {}
     true_load, true_generate = load, specdec.generation.generate
@@ -199,7 +289,10 @@ def test_expert_traffic_is_told(pair, tmp_path):
         "pinned": True,
         "hits": 0,
         "misses": 0,
+        "hit_rate": 1.0,
         "bytes_read": 0,
+        "evictions": 0,
+        "stall_seconds": 0.0,
     }
     assert experts["hit_rate"] < experts["effective_hit_rate"] < 1
 

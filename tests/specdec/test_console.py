@@ -4,6 +4,8 @@ import io
 import sys
 
 from specdec.commands.console import Console
+from specdec.commands.live import LiveLine
+from specdec.target.expert_reader import ReadCounters
 
 
 class Terminal(io.StringIO):
@@ -41,3 +43,37 @@ def test_quiet_keeps_notes(monkeypatch):
     console.say("said")
     console.note("noted")
     assert pipe.getvalue() == "noted\n"
+
+
+class Cache:
+    """As much of an ExpertCache as the live line asks for."""
+
+    def slot_requests(self):
+        return 3, 1
+
+    def reads(self):
+        return ReadCounters(2_000_000, 7, 0.5)
+
+
+def test_a_run_on_a_terminal_shows_how_it_goes(monkeypatch):
+    screen = Terminal()
+    monkeypatch.setattr(sys, "stderr", screen)
+    monkeypatch.setattr(sys, "stdout", io.StringIO())
+    live = LiveLine(Console(quiet=False), Cache(), "speculative:", 5, shown=True)
+    for _ in range(3):
+        live.text("a")
+    live.end()
+    assert "\rspeculative: 3/5 tokens, " in screen.getvalue()
+    assert screen.getvalue().endswith("tok/s, slots 75.0 % hit, 2.00 MB read\x1b[K\n")
+
+
+def test_the_live_line_does_not_run_into_the_text(monkeypatch):
+    screen = Terminal()
+    monkeypatch.setattr(sys, "stderr", screen)
+    monkeypatch.setattr(sys, "stdout", screen)
+    live = LiveLine(Console(quiet=False), Cache(), "x:", 2, shown=True)
+    live.text("a")
+    live.end()
+    assert screen.getvalue() == ""
+    LiveLine(Console(quiet=False), Cache(), "x:", 1, shown=False).text("a")
+    assert screen.getvalue().endswith("\n")

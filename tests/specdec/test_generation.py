@@ -44,9 +44,11 @@ class Script:
 
     def __init__(self, tokens, sizes=(1,), interrupt=None, context=1000) -> None:
         self.tokens, self.sizes, self.interrupt = list(tokens), sizes, interrupt
-        experts = SimpleNamespace(reset_counters=lambda: None, counters=lambda: ())
+        experts = SimpleNamespace(
+            reset_counters=lambda: None, counters=lambda: (), reads=lambda: None, streaming=None
+        )
         config = SimpleNamespace(max_position=context, vocab_size=VOCABULARY)
-        self.target = SimpleNamespace(config=config, experts=experts)
+        self.target = SimpleNamespace(config=config, experts=experts, tolerance=None, clock=None)
         self.context = self.max_budget = None
 
     def prefill(self, tokens, drafting, on_progress) -> Prefill:

@@ -19,8 +19,10 @@ from specdec.footprint import Sizes, dense_parts, kv_bytes, state_bytes
 from specdec.plan import KEPT_BYTES, MemoryPlan, make_plan
 from specdec.target.config import TargetConfig
 from specdec.target.expert_cache import ExpertCache
+from specdec.target.expert_reader import reader_bytes
 from specdec.target.expert_store import ExpertStore
 from specdec.target.pins import pinned_layers
+from specdec.target.streaming import Streaming
 from tests.checkpoints import FAMILIES, write_checkpoint
 from tests.pairs import write_pair
 
@@ -92,7 +94,7 @@ def test_dense_mlps_are_told_from_routers(tmp_path: Path) -> None:
 def test_experts_are_counted_as_the_cache_allocates_them(
     store: ExpertStore, pins: int, slots: int
 ) -> None:
-    options = {"pin_layers": pins, "cache_slots": slots, "memory_bytes": AMPLE}
+    options: dict[str, Any] = {"pin_layers": pins, "cache_slots": slots, "memory_bytes": AMPLE}
     plan = make_plan(store, None, SIZES, **options)
     assert plan.pinned == pinned_layers(pins, range(LAYERS))
     assert plan.slots == min(slots, EXPERTS * (LAYERS - pins))
@@ -105,7 +107,7 @@ def test_experts_are_counted_as_the_cache_allocates_them(
 def test_layers_of_other_shapes_are_counted_and_said(tmp_path: Path) -> None:
     mixed: dict[str, Any] = {"layers.1.mlp.switch_mlp.down_proj": (8, 32)}
     store = opened(write_checkpoint(tmp_path, "qwen3_moe", mixed=mixed))
-    options = {"pin_layers": 0, "cache_slots": 10, "memory_bytes": AMPLE}
+    options: dict[str, Any] = {"pin_layers": 0, "cache_slots": 10, "memory_bytes": AMPLE}
     plan = make_plan(store, None, SIZES, **options)
     cache = ExpertCache(store, (), plan.slots, mx.float32)
     assert by_name(plan)["expert slots"] == cache.nbytes
@@ -177,7 +179,7 @@ def test_given_slots_leave_the_rest_to_pins(store: ExpertStore) -> None:
 
 
 def test_surplus_slots_are_cut_with_a_word(store: ExpertStore) -> None:
-    options = {"cache_slots": 100, "memory_bytes": AMPLE}
+    options: dict[str, Any] = {"cache_slots": 100, "memory_bytes": AMPLE}
     plan = make_plan(store, None, SIZES, pin_layers=2, **options)
     assert plan.slots == 4 * EXPERTS
     assert any("100 slots asked for, for 32 experts" in part.note for part in plan.parts)
@@ -205,7 +207,8 @@ def test_what_does_not_fit_is_refused_with_the_numbers(store: ExpertStore) -> No
         make_plan(store, None, SIZES, pin_layers=2, cache_slots=5, memory_bytes=cap)
     assert "2 pinned layers and 5 slots" in str(info.value)
     assert "What fits is --pin-layers 0 --cache-slots 9" in str(info.value)
-    for options in ({}, {"pin_layers": 0}, {"cache_slots": 1}):
+    least: list[dict[str, Any]] = [{}, {"pin_layers": 0}, {"cache_slots": 1}]
+    for options in least:
         with pytest.raises(PlanError, match=r"The least is .*: raise --memory-gb, or"):
             make_plan(store, None, SIZES, memory_bytes=fixed(store) + one - 1, **options)
     make_plan(store, None, SIZES, memory_bytes=fixed(store) + one)
@@ -257,6 +260,15 @@ def test_the_plan_grows_with_what_is_asked(store: ExpertStore) -> None:
     parts = by_name(make_plan(store, None, SIZES, memory_bytes=AMPLE))
     assert parts["scratch"] > SIZES.rows * vocab * 4
     assert parts["allocator"] == KEPT_BYTES + parts["scratch"] // 2
+
+
+def test_what_reading_takes_is_planned(store: ExpertStore) -> None:
+    without = make_plan(store, None, SIZES, memory_bytes=AMPLE)
+    streaming = Streaming(direct=True, queue_depth=16)
+    plan = make_plan(store, None, SIZES, memory_bytes=AMPLE, streaming=streaming)
+    part = next(part for part in plan.parts if part.name == "expert reads")
+    assert part.note == "16 at a time, direct"
+    assert plan.total - without.total == part.bytes == 2 * reader_bytes(8)
 
 
 def test_rows_say_sizes_and_the_cap(store: ExpertStore) -> None:

@@ -120,7 +120,9 @@ def test_the_command_line_takes_a_repacked_folder(tmp_path: Path) -> None:
     ]
     first, second = (one["speculative"] for one in runs)
     assert first["tokens"] == second["tokens"]
-    assert first["metrics"]["experts"] == second["metrics"]["experts"]
+    figures = ("hits", "misses", "bytes_read", "evictions")
+    for name in figures:
+        assert first["metrics"]["experts"][name] == second["metrics"]["experts"][name]
 
 
 def test_a_layer_file_truncated_while_open_is_a_short_read(tmp_path: Path) -> None:
