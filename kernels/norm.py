@@ -33,13 +33,11 @@ def rms_norm(x: Array, weight: Array | None, eps: float) -> Array:
     return mx.fast.rms_norm(x, weight, eps)
 
 
-def gated_rms_norm(x: Array, gate: Array, weight: Array, eps: float) -> Array:
+def gated_rms_norm(x: mx.array, gate: mx.array, weight: mx.array, eps: float) -> mx.array:
     """silu(gate) * rms_norm(x), the output norm of a gated delta layer; x and gate [..., n].
 
     The gate is applied in float32, as Qwen3-Next does, and the result has x's dtype.
     """
-    if is_numpy(x):
-        return cpu.gated_rms_norm(x, gate, weight, eps)
     gate = gate.astype(mx.float32)
     return (silu(gate) * rms_norm(x, weight, eps).astype(mx.float32)).astype(x.dtype)
 
@@ -56,8 +54,6 @@ def swiglu(gate: Array, up: Array) -> Array:
     return silu(gate) * up
 
 
-def sigmoid_gate(x: Array, gate: Array) -> Array:
+def sigmoid_gate(x: mx.array, gate: mx.array) -> mx.array:
     """x [rows, n] * sigmoid(gate), gate [rows, n] or [rows, 1]."""
-    if is_numpy(x):
-        return cpu.sigmoid_gate(x, gate)
     return x * mx.sigmoid(gate)

@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 
-from specdec.kernels.cpu.exp import sigmoid, silu
+from specdec.kernels.cpu.exp import silu
 from specdec.kernels.cpu.jit import jit
 
 
@@ -16,24 +16,12 @@ def rms_norm(x: np.ndarray, weight: np.ndarray | None, eps: float) -> np.ndarray
     return out.reshape(x.shape)
 
 
-def gated_rms_norm(x: np.ndarray, gate: np.ndarray, weight: np.ndarray, eps: float) -> np.ndarray:
-    """silu(gate) * rms_norm(x); x and gate [..., n]."""
-    return swiglu(gate, rms_norm(x, weight, eps))
-
-
 def swiglu(gate: np.ndarray, up: np.ndarray) -> np.ndarray:
     """silu(gate) * up, element by element."""
     gate, up = np.ascontiguousarray(gate), np.ascontiguousarray(up)
     out = np.empty(up.shape, np.float32)
     size = up.shape[-1]
     _swiglu(gate.reshape(-1, size), up.reshape(-1, size), out.reshape(-1, size))
-    return out
-
-
-def sigmoid_gate(x: np.ndarray, gate: np.ndarray) -> np.ndarray:
-    """x [rows, n] * sigmoid(gate), gate [rows, n] or [rows, 1]."""
-    out = np.empty(x.shape, np.float32)
-    _sigmoid_gate(np.ascontiguousarray(x), np.ascontiguousarray(gate), out)
     return out
 
 
@@ -52,14 +40,6 @@ def normalize(x, weight, eps, out):  # type: ignore[no-untyped-def]
 def _rms_norm(x, weight, eps, out):  # type: ignore[no-untyped-def]
     for row in range(x.shape[0]):
         normalize(x[row], weight, eps, out[row])
-
-
-@jit
-def _sigmoid_gate(x, gate, out):  # type: ignore[no-untyped-def]
-    wide = gate.shape[1] > 1
-    for row in range(x.shape[0]):
-        for i in range(x.shape[1]):
-            out[row, i] = x[row, i] * sigmoid(gate[row, i if wide else 0])
 
 
 @jit
