@@ -29,7 +29,8 @@ class RoutingHeader:
     layers: the MoE layers, in the order of the records' experts. experts: of each layer.
     disk_bytes, resident_bytes: per layer, of one expert, as read and as it takes a slot.
     fixed_bytes: what the run's memory plan held beside experts. kinds: per layer, which layers
-    share slots (equal numbers). pinned, slots, tolerance: settings of the run that was logged.
+    share slots (equal numbers). pinned, slots, policy, protect, rows, tolerance: settings of the
+    run that was logged.
     """
 
     model: str
@@ -42,6 +43,9 @@ class RoutingHeader:
     fixed_bytes: int
     pinned: tuple[int, ...]
     slots: int
+    policy: str
+    protect: tuple[int, ...]
+    rows: int
     tolerance: float
 
     @property
@@ -74,16 +78,18 @@ class RoutingHeader:
     @classmethod
     def decode(cls, raw: Mapping[str, Any], where: Path) -> Self:
         """RoutingLogError where a field is missing or of another kind."""
-        lists = ("layers", "disk_bytes", "resident_bytes", "kinds", "pinned")
-        counts = ("experts", "top_k", "fixed_bytes", "slots")
+        lists = ("layers", "disk_bytes", "resident_bytes", "kinds", "pinned", "protect")
+        counts = ("experts", "top_k", "fixed_bytes", "slots", "rows")
         try:
             values: dict[str, Any] = {name: tuple(map(_count, raw[name])) for name in lists}
             values |= {name: _count(raw[name]) for name in counts}
-            header = cls(model=str(raw["model"]), tolerance=float(raw["tolerance"]), **values)
+            values["policy"], values["tolerance"] = str(raw["policy"]), float(raw["tolerance"])
+            header = cls(model=str(raw["model"]), **values)
         except (KeyError, TypeError, ValueError) as error:
             raise RoutingLogError(f"{where}: broken header: {error!r}") from error
         each = {len(header.disk_bytes), len(header.resident_bytes), len(header.kinds)}
-        if each != {len(header.layers)} or not 1 <= header.top_k <= header.experts <= 65536:
+        sizes = 1 <= header.top_k <= header.experts <= 65536
+        if each != {len(header.layers)} or len(header.protect) != 2 or not sizes or not header.rows:
             raise RoutingLogError(f"{where}: broken header: its fields contradict each other")
         return header
 

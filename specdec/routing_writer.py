@@ -113,5 +113,8 @@ def header_of(loaded: "Loaded", tolerance: float = 0.0) -> RoutingHeader:
         fixed_bytes=plan.total - experts,
         pinned=plan.pinned,
         slots=plan.slots,
+        policy=target.experts.streaming.policy,
+        protect=target.experts.streaming.protect,
+        rows=target.experts.streaming.rows,
         tolerance=tolerance,
     )

@@ -17,6 +17,9 @@ def header(layers, experts, top_k, pinned=(), slots=0, kinds=None, **fields):
         fixed_bytes=fields.get("fixed_bytes", 10_000),
         pinned=tuple(pinned),
         slots=slots,
+        policy="lru",
+        protect=fields.get("protect", (6, 3)),
+        rows=fields.get("rows", 1),
         tolerance=0.0,
     )
 

@@ -1,0 +1,217 @@
+"""Simulation: the same hits and misses as the cache itself, and a bound that nothing beats."""
+
+import time
+from itertools import pairwise, product
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from specdec import replay
+from specdec.checkpoint import Checkpoint
+from specdec.errors import PlanError
+from specdec.generation import Request, generate
+from specdec.load import Settings, load
+from specdec.routing_log import RoutingLog
+from specdec.routing_writer import RoutingWriter
+from specdec.simulation import Setting, best, fitting, replay_table, resident_bytes, simulate
+from specdec.target.config import TargetConfig
+from specdec.target.expert_cache import ExpertCache
+from specdec.target.expert_store import ExpertStore
+from specdec.target.pins import pinned_layers
+from specdec.target.policy import POLICIES
+from specdec.target.streaming import Streaming
+from specdec.trace import Trace, ask_starts, pass_starts
+from tests.checkpoints import write_checkpoint
+from tests.commands import PROMPT, fails, recorded, run
+from tests.logs import header, log_of, write_log
+from tests.pairs import write_pair
+
+MIXED = {"layers.1.mlp.switch_mlp.down_proj": (8, 32)}
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    small: dict[str, Any] = {"hidden_size": 32, "moe_intermediate_size": 32, "gates": (8, 32)}
+    folder = write_checkpoint(tmp_path_factory.mktemp("m"), "qwen3_moe", mixed=MIXED, **small)
+    checkpoint = Checkpoint.open(folder)
+    return ExpertStore(checkpoint, TargetConfig.of(checkpoint))
+
+
+def real(store, log, setting):
+    """(hits, misses, pinned requests) of the cache itself, fed with the log."""
+    how = Streaming(policy=setting.policy, protect=setting.protect, rows=setting.rows)
+    pinned = pinned_layers(setting.pins, store.layers)
+    cache = ExpertCache(store, pinned, setting.slots, mx.float32, how)
+    for at in range(log.passes):
+        rows = log.rows[log.starts[at] : log.starts[at + 1]]
+        for column, layer in enumerate(log.header.layers):
+            for _ in cache.waves(layer, rows["experts"][:, column].ravel()):
+                pass
+        committed = rows[(rows["flags"] & 1) > 0]
+        for column, layer in enumerate(log.header.layers):
+            cache.touch(layer, committed["experts"][:, column])
+    found = cache.counters()
+    return (
+        sum(one.hits for one in found if not one.pinned),
+        sum(one.misses for one in found),
+        sum(one.hits for one in found if one.pinned),
+    )
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 10**6),
+    slots=st.integers(2, 32),
+    pins=st.integers(0, 4),
+    rows=st.integers(1, 6),
+    policy=st.sampled_from(POLICIES),
+    protect=st.sampled_from([(0, 0), (1, 1), (6, 3)]),
+)
+def test_hits_and_misses_are_those_of_the_cache(store, seed, slots, pins, rows, policy, protect):
+    random = np.random.default_rng(seed)
+    head = header(4, 8, 2, kinds=(0, 1, 0, 0))
+    log = log_of(head, random, passes=12, rows=rows, prompt=int(random.integers(0, 7)))
+    setting = Setting(pins, slots, policy, protect, rows)
+    done = simulate(Trace.of(log), setting)
+    assert (done.hits, done.misses, done.pinned_requests) == real(store, log, setting)
+    assert done.optimal >= done.hits
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    seed=st.integers(0, 10**6),
+    slots=st.integers(1, 40),
+    layers=st.integers(1, 4),
+    quota=st.integers(0, 9),
+)
+def test_the_compiled_replay_is_the_bookkeeping(seed, slots, layers, quota):
+    random = np.random.default_rng(seed)
+    log = log_of(header(layers, 12, 3), random, passes=20, rows=4)
+    trace = Trace.of(log)
+    asks, uses = trace.part(list(range(layers)))
+    shares = np.minimum(random.integers(0, quota + 1, layers), slots // layers)
+    arguments = (asks, ask_starts(asks), uses, pass_starts(uses, trace.passes), 12, slots, shares)
+    compiled, table = replay.lru(*arguments), replay_table(*arguments, "lru")
+    assert [one.tolist() for one in compiled] == [one.tolist() for one in table]
+
+
+def belady(asks, starts, slots):
+    """Fewest misses, the slow way: after each asking, what is needed again soonest stays."""
+    held: set[tuple[int, ...]] = set()
+    misses = 0
+    keys = [tuple(one[1:]) for one in asks.tolist()]
+    for first, last in pairwise(starts):
+        asked, later = set(keys[first:last]), keys[last:]
+        misses += len(asked - held)
+        ranked = sorted(held | asked, key=lambda one: later.index(one) if one in later else 10**9)
+        held = set(ranked[:slots])
+    return misses
+
+
+@settings(max_examples=30, deadline=None)
+@given(seed=st.integers(0, 10**6), slots=st.integers(1, 12))
+def test_the_bound_is_beladys(seed, slots):
+    log = log_of(header(2, 6, 2), np.random.default_rng(seed), passes=12, rows=2)
+    asks, _ = Trace.of(log).part([0, 1])
+    hits, misses = replay.optimal(asks, ask_starts(asks), 6, slots, 2)
+    assert misses.sum() == belady(asks, ask_starts(asks).tolist(), slots)
+    assert hits.sum() + misses.sum() == len(asks)
+
+
+@pytest.mark.parametrize("budget", [1, 4])
+@pytest.mark.parametrize(("pins", "slots"), [(0, 12), (1, 9), (2, 5), (4, 1)])
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_simulated_setting_has_the_counters_of_a_real_run(tmp_path, budget, pins, slots, policy):
+    pair = write_pair(tmp_path, mixed=MIXED)
+
+    def go(path, pins, slots, policy):
+        with RoutingWriter(path and str(path)) as writer:
+            loaded = load(
+                Settings(
+                    str(pair.target),
+                    str(pair.draft),
+                    context=64,
+                    budget=budget,
+                    pin_layers=pins,
+                    cache_slots=slots,
+                    streaming=Streaming(policy=policy),
+                )
+            )
+            writer.begin(loaded)
+            return generate(
+                loaded.engine, loaded.tokenizer, Request((1, 2, 3), budget, max_tokens=25)
+            )
+
+    go(tmp_path / "log", 3, 4, "lru")  # logged under another setting than the one simulated
+    head = RoutingLog.read(tmp_path / "log").header
+    found = go(None, pins, slots, policy).experts
+    setting = Setting(pins, slots, policy, (head.protect[0], head.protect[1]), head.rows)
+    done = simulate(Trace.of(RoutingLog.read(tmp_path / "log")), setting)
+    assert done.hits == sum(one.hits for one in found if not one.pinned)
+    assert done.misses == sum(one.misses for one in found)
+    assert done.pinned_requests == sum(one.hits for one in found if one.pinned)
+    assert done.bytes_read == sum(one.bytes_read for one in found)
+
+
+def test_the_best_setting_is_the_best_of_those_that_fit():
+    log = log_of(header(4, 8, 2, kinds=(0, 1, 0, 0)), np.random.default_rng(2), passes=30, rows=3)
+    trace, like = Trace.of(log), Setting(0, 1, "lru")
+    room = resident_bytes(trace, 1, 12)
+    found = best(trace, room, POLICIES, like)
+    tried = [one for policy in POLICIES for one in fitting(trace, room, policy, like)]
+    assert {one.pins for one in tried} == {0, 1, 2}
+    assert all(resident_bytes(trace, one.pins, one.slots) <= room for one in tried)
+    lru = [simulate(trace, one).bytes_read for one in tried if one.policy == "lru"]
+    assert found.bytes_read <= min(lru)
+    with pytest.raises(PlanError, match="are left for experts"):
+        best(trace, 10, POLICIES, like)
+
+
+def test_a_million_requests_take_seconds():
+    random = np.random.default_rng(0)
+    log = log_of(header(40, 256, 8), random, passes=3200, rows=1)
+    trace = Trace.of(log)
+    assert len(trace.asks) > 1_000_000
+    simulate(trace, Setting(1, 100, "lru"))  # compiles
+    start = time.perf_counter()
+    simulate(trace, Setting(4, 2000, "lru"))
+    assert time.perf_counter() - start < 20
+
+
+# --- the command
+
+
+def test_the_command(tmp_path):
+    pair, log = write_pair(tmp_path), tmp_path / "log"
+    few = ["--pin-layers", "1", "--cache-slots", "7"]
+    arguments = ["generate", *pair.options, *PROMPT, "--max-tokens", "12", *few]
+    _, document = recorded(tmp_path, *arguments, "--collect-routing", log)
+    experts = document["runs"]["speculative"]["metrics"]["experts"]
+    done = run("simulate", log)
+    assert done.exit_code == 0, done.stderr
+    line = next(one for one in done.stdout.splitlines() if one.split()[:3] == ["1", "7", "lru"])
+    assert f"{100 * experts['hit_rate']:.1f} %" in line
+    done = run(
+        *("simulate", log, "--slots", "5,9", "--pins", "0,2", "--policy", "lru,s3-fifo"),
+        *("--memory-gb", "50"),
+    )
+    assert done.exit_code == 0, done.stderr
+    rows = [one.split()[:3] for one in done.stdout.splitlines()]
+    for pins, slots, policy in product("02", "59", ("lru", "s3-fifo")):
+        assert [pins, slots, policy] in rows
+    assert "best within 50.0 GB" in done.stdout
+    assert done.stdout.splitlines()[-1] == "--pin-layers 4 --cache-slots 1 --policy lru"
+
+
+def test_the_command_refuses_in_words(tmp_path):
+    log = tmp_path / "log"
+    write_log(log, log_of(header(4, 8, 2), np.random.default_rng(0), passes=4, rows=2))
+    assert fails(run("simulate", tmp_path / "absent"), "cannot be read")
+    assert fails(run("simulate", log, "--pins", "9"), "4 layers")
+    assert fails(run("simulate", log, "--memory-gb", "0.000001"), "without experts")
+    assert run("simulate", log, "--policy", "magic").exit_code == 2
+    assert run("simulate", log, "--slots", "0").exit_code == 2
