@@ -126,7 +126,8 @@ class ExpertLoads:
     def recover(self) -> None:
         """If an earlier pass ended amid its loads: stop all reads, and forget what they were to
         fill. What is full stays."""
-        if not self._broken and all(load.early for load in self._running):
+        whole = all(load.early and load.request is not None for load in self._running)
+        if whole and not self._broken:
             return
         self._broken = True  # until this has come to its end
         self.reader.drain()

@@ -1,7 +1,8 @@
 """SlotTable: which expert is in which slot of a bank, and who has to go. Bookkeeping alone.
 
 A slot is empty, reserved (a read is filling it) or full. Only full slots are ever looked up: what
-is reserved becomes full by `fill`, after its last byte. `rebuild` forgets everything reserved.
+is reserved becomes full by `fill`, after its last byte. `rebuild` forgets everything reserved, and
+puts right what an interrupt amid any of these left half done.
 
 Who may be evicted for a layer: its own experts, and of another layer as many as it has beyond its
 quota; never a slot that the caller names as live. Who is, says the policy.
@@ -32,7 +33,6 @@ class SlotTable:
         self._full = np.zeros(slots, bool)
         self._early = np.zeros(slots, bool)  # loaded ahead, and its layer has not asked since
         self._places = {layer: np.full(experts, -1, np.int32) for layer in self.layers}
-        self._held = np.zeros(len(self.layers), np.int64)  # slots of each layer, reserved or full
 
     def places(self, layer: int) -> np.ndarray:
         """The slot of each expert of the layer, reserved ones included; -1: none. int32."""
@@ -63,7 +63,6 @@ class SlotTable:
             free = np.concatenate([free, victims])
         self._owner[free], self._expert[free] = self._index[layer], experts
         self._places[layer][experts] = free
-        self._held[self._index[layer]] += len(free)
         return free
 
     def fill(self, slots: np.ndarray, early: bool = False) -> None:
@@ -73,11 +72,10 @@ class SlotTable:
         self._full[slots] = True
 
     def release(self, slots: np.ndarray) -> None:
-        """Reserved slots become empty."""
-        for slot, (layer, expert) in zip(slots.tolist(), self._keys(slots), strict=True):
+        """Reserved slots become empty; those that are empty already stay so."""
+        for layer, expert in self._keys(slots[self._owner[slots] >= 0]):
             self._places[layer][expert] = -1
-            self._held[self._index[layer]] -= 1
-            self._owner[slot] = -1
+        self._owner[slots] = -1
 
     def asked(self, layer: int, experts: np.ndarray) -> int:
         """A pass asks the layer for experts: what was loaded ahead is like any other from now on.
@@ -98,16 +96,15 @@ class SlotTable:
     def rebuild(self) -> None:
         """Forget what is reserved; what is full stays."""
         self._owner[~self._full] = -1
-        self._held[:] = 0
         for places in self._places.values():
             places[:] = -1
         for slot in np.flatnonzero(self._full).tolist():
             self._places[self.layers[self._owner[slot]]][self._expert[slot]] = slot
-            self._held[self._owner[slot]] += 1
 
     def _allowance(self, layer: int) -> np.ndarray:
         """How many slots each layer may lose for `layer`."""
-        allowance = np.maximum(self._held - self._quota, 0)
+        held = np.bincount(self._owner[self._owner >= 0], minlength=len(self.layers))
+        allowance = np.maximum(held - self._quota, 0)
         allowance[self._index[layer]] = self.slots
         return allowance
 
@@ -136,7 +133,6 @@ class SlotTable:
         self.policy.evicted(slots, keys)
         for layer, expert in keys:
             self._places[layer][expert] = -1
-            self._held[self._index[layer]] -= 1
             self.evictions[layer] += 1
         self._owner[slots] = -1
 

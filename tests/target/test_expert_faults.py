@@ -1,0 +1,248 @@
+"""Experts under faults: slow disks, interrupts at any line, errors amid prefetch, two processes.
+
+Whatever happens, what the cache calls resident holds the right bytes, and the next request works.
+"""
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from specdec import checkpoint as checkpoint_module
+from specdec.errors import ExpertReadError
+from specdec.target.expert_cache import ExpertCache
+from specdec.target.streaming import Streaming
+from tests.checkpoints import write_checkpoint
+from tests.pairs import write_pair
+from tests.target.test_experts import EXPERTS, LAYERS, SMALL, Opened, Reads
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def opened(tmp_path_factory: pytest.TempPathFactory) -> Opened:
+    return Opened(write_checkpoint(tmp_path_factory.mktemp("faults"), "qwen3_moe", **SMALL))
+
+
+def check_all(opened: Opened, cache: ExpertCache) -> None:
+    """What is called resident is right, and everything can be asked for."""
+    for layer in range(LAYERS):
+        for wave in cache.waves(layer, cache.resident(layer)):
+            opened.check(layer, wave, mx.float32)
+    for layer in range(LAYERS):
+        for wave in cache.waves(layer, np.arange(EXPERTS)):
+            opened.check(layer, wave, mx.float32)
+
+
+class SlowDisk:
+    """Reads that take a while, and fail on demand."""
+
+    def __init__(self, patch: pytest.MonkeyPatch, seconds: float) -> None:
+        self.real, self.seconds, self.broken = checkpoint_module.read_at, seconds, False
+        patch.setattr(checkpoint_module, "read_at", self)
+
+    def __call__(self, *arguments: Any) -> int:
+        time.sleep(self.seconds)
+        if self.broken:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return self.real(*arguments)
+
+
+@pytest.mark.parametrize("direct", [False, True])
+def test_a_slow_disk_is_waited_for_and_the_wait_is_told(
+    opened: Opened, monkeypatch: pytest.MonkeyPatch, direct: bool
+) -> None:
+    cache = ExpertCache(opened.store, (), 8, mx.float32, Streaming(direct=direct, queue_depth=2))
+    SlowDisk(monkeypatch, 0.01)
+    for layer in range(LAYERS):
+        for wave in cache.waves(layer, np.array([1, 4, 6])):
+            opened.check(layer, wave, mx.float32)
+    assert all(one.stall_seconds >= 0.01 for one in cache.counters())
+    assert cache.reads().seconds >= 0.04
+
+
+def test_ctrl_c_while_a_load_is_waited_for(opened: Opened, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = ExpertCache(opened.store, (), 8, mx.float32)
+    list(cache.waves(0, np.array([0, 1])))
+    with monkeypatch.context() as patch:
+        SlowDisk(patch, 0.3)
+        threading.Timer(0.05, signal.raise_signal, [signal.SIGINT]).start()
+        with pytest.raises(KeyboardInterrupt):
+            list(cache.waves(1, np.arange(EXPERTS)))
+    assert cache.resident(1).tolist() == []
+    check_all(opened, cache)
+
+
+def test_an_error_while_the_rest_is_still_being_read(
+    opened: Opened, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody takes the second wave: nothing writes to slots of others later."""
+    cache = ExpertCache(opened.store, (), 8, mx.float32)
+    list(cache.waves(0, np.array([0, 1])))
+    with monkeypatch.context() as patch:
+        SlowDisk(patch, 0.05)
+        assert next(cache.waves(0, np.array([0, 1, 2, 3, 4]))).experts.tolist() == [0, 1]
+        waves = cache.waves(1, np.arange(EXPERTS))  # at once, and half of it
+        for _ in range(2):
+            opened.check(1, next(waves), mx.float32)
+        check_all(opened, cache)
+    check_all(opened, cache)
+
+
+class Interrupter:
+    """Raises KeyboardInterrupt at the nth line that is run in the modules of the cache.
+
+    Not in the reader's: an interrupt between taking a lock and knowing of it cannot be undone.
+    """
+
+    FILES = (
+        "target/expert_cache.py",
+        "target/expert_loads.py",
+        "target/slots.py",
+        "target/policy.py",
+    )
+
+    def __init__(self, at: int) -> None:
+        self.left = at
+
+    def __enter__(self) -> "Interrupter":
+        self.before = sys.gettrace()
+        sys.settrace(self)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        sys.settrace(self.before)
+
+    def __call__(self, frame: FrameType, event: str, argument: Any) -> Any:
+        if not frame.f_code.co_filename.endswith(self.FILES):
+            return None
+        if event == "line":
+            self.left -= 1
+            if self.left == 0:
+                raise KeyboardInterrupt
+        return self
+
+
+@pytest.mark.parametrize("policy", ["lru", "s3-fifo"])
+def test_an_interrupt_at_any_line_leaves_the_cache_right(opened: Opened, policy: str) -> None:
+    def use(cache: ExpertCache) -> None:
+        for layer, ids in ((0, [0, 1]), (1, [2, 5, 6, 7]), (0, [1, 3, 4]), (2, range(EXPERTS))):
+            for _ in cache.waves(layer, np.array(ids)):
+                pass
+            cache.touch(layer, np.array(ids))
+            cache.prefetch((layer + 1) % LAYERS, np.array([3, 6]))
+
+    at, ended = 1, False
+    while not ended:
+        cache = ExpertCache(opened.store, (), 9, mx.float32, Streaming(policy=policy))
+        try:
+            with Interrupter(at):
+                use(cache)
+                ended = True
+        except KeyboardInterrupt:
+            pass
+        use(cache)
+        check_all(opened, cache)
+        at += 23
+    assert at > 500
+
+
+# --- prefetch
+
+
+def test_what_was_prefetched_is_a_hit(opened: Opened) -> None:
+    cache = ExpertCache(opened.store, (), 12, mx.float32)
+    each = opened.store.geometry(0).bytes_on_disk
+    list(cache.waves(0, np.array([0, 1])))
+    assert cache.prefetch(1, np.array([6, 2, 6])) == 2 * each
+    assert cache.prefetch(1, np.array([2])) == 0  # on its way already
+    time.sleep(0.1)
+    for wave in cache.waves(1, np.array([2, 3])):
+        opened.check(1, wave, mx.float32)
+    one = cache.counters()[1]
+    assert (one.hits, one.misses, one.early, one.early_hits) == (1, 1, 2, 1)
+    assert one.bytes_read == 3 * each
+
+
+def test_what_is_still_being_prefetched_is_waited_for(
+    opened: Opened, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = ExpertCache(opened.store, (), 12, mx.float32)
+    counted = Reads(monkeypatch)
+    SlowDisk(monkeypatch, 0.02)
+    cache.prefetch(1, np.array([2, 6]))
+    waves = list(cache.waves(1, np.array([2, 3])))
+    opened.check(1, waves[-1], mx.float32)
+    assert waves[-1].experts.tolist() == [2, 3]
+    one = cache.counters()[1]
+    assert (one.hits, one.misses, one.early_hits) == (0, 2, 1)
+    assert counted.bytes == 3 * opened.store.geometry(1).bytes_on_disk
+
+
+def test_prefetch_takes_the_slots_of_what_was_used_longest_ago(opened: Opened) -> None:
+    cache = ExpertCache(opened.store, (), 6, mx.float32, Streaming(protect=(0, 0)))
+    for layer in (0, 1, 2):
+        list(cache.waves(layer, np.array([0, 1])))
+        cache.touch(layer, np.array([0, 1]))
+    cache.touch(0, np.array([0]))
+    cache.prefetch(2, np.arange(2, EXPERTS))  # never those of the request before
+    time.sleep(0.05)
+    list(cache.waves(3, np.array([], np.int32)))
+    held = [cache.resident(layer).tolist() for layer in range(3)]
+    assert held[2][:2] == [0, 1]
+    assert len(held[2]) == 6
+
+
+def test_an_error_amid_prefetch_is_met_by_whoever_asks(
+    opened: Opened, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = ExpertCache(opened.store, (), 12, mx.float32)
+    with monkeypatch.context() as patch:
+        disk = SlowDisk(patch, 0.0)
+        disk.broken = True
+        cache.prefetch(1, np.array([2, 6]))
+        time.sleep(0.1)
+        list(cache.waves(0, np.array([], np.int32)))
+        with pytest.raises(ExpertReadError, match="Input/output error"):
+            list(cache.waves(1, np.array([2])))
+    assert cache.resident(1).tolist() == []
+    check_all(opened, cache)
+
+
+# --- processes
+
+RUN = """
+import json, sys
+from specdec.generation import Request, generate
+from specdec.load import Settings, load
+from specdec.target.streaming import Streaming
+
+model, draft, direct = json.loads(sys.argv[1])
+loaded = load(Settings(
+    model, draft, pin_layers=0, cache_slots=9, context=200, streaming=Streaming(direct=direct)
+))
+print(json.dumps(generate(
+    loaded.engine, loaded.tokenizer, Request((5, 6, 7, 8), 4, max_tokens=100)
+).tokens))
+"""
+
+
+@pytest.mark.parametrize("direct", [False, True])
+def test_two_processes_on_one_store(tmp_path: Path, direct: bool) -> None:
+    pair = write_pair(tmp_path)
+    line = [sys.executable, "-c", RUN, json.dumps([str(pair.target), str(pair.draft), direct])]
+    running = [subprocess.Popen(line, cwd=ROOT, stdout=subprocess.PIPE) for _ in range(2)]
+    outputs = [json.loads(process.communicate(timeout=120)[0]) for process in running]
+    assert outputs[0] == outputs[1]
+    assert len(outputs[0]) > 1
