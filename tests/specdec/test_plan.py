@@ -350,3 +350,28 @@ def test_a_process_stays_within_its_plan(
     assert done.returncode == 0, done.stderr
     peak, planned = json.loads(done.stdout)
     assert planned / (2 if backend == "cpu" else 4) < peak <= 1.1 * planned
+
+
+def test_the_cap_holds_over_a_thousand_tokens(tmp_path: Path) -> None:
+    """Experts of 805 MB under a cap of 700 MB, read through bounce buffers."""
+    pytest.importorskip("numba")
+    wide: dict[str, Any] = {"hidden_size": 256, "moe_intermediate_size": 256, "num_experts": 256}
+    pair = write_pair(tmp_path, "qwen3_next", quantize=None, **wide)
+    figures = tmp_path / "run.json"
+    line = ["-m", "specdec", "generate", *pair.options, "--raw", "-p", "x", "--ignore-eos", "-q"]
+    line += ["--max-tokens", "1000", "--budget", "2", "--memory-gb", "0.7", "--json", str(figures)]
+    done = subprocess.run(
+        [sys.executable, *line, "--io", "direct" if hasattr(os, "O_DIRECT") else "buffered"],
+        env={**os.environ, "SPECDEC_KERNELS": "cpu"},
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(figures.read_text())
+    assert found["plan"]["cap"] == 700_000_000 >= found["plan"]["total"]
+    assert found["memory"]["process"] <= 1.05 * 700_000_000
+    (one,) = found["runs"].values()
+    assert one["metrics"]["generated_tokens"] == 1000
+    assert one["metrics"]["experts"]["bytes_read"] > 2 * 700_000_000
