@@ -133,8 +133,7 @@ def make_plan(
 
 
 def _reads_part(streaming: Streaming) -> Part:
-    note = f"{streaming.queue_depth} at a time, {streaming.io}"
-    return Part("expert reads", reader_bytes(streaming.queue_depth), note)
+    return Part("expert reads", reader_bytes(streaming.queue_depth), str(streaming))
 
 
 def _state_parts(

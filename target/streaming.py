@@ -28,6 +28,13 @@ class Streaming:
         """How reads go, in a word."""
         return "direct" if self.direct else "buffered"
 
+    def __str__(self) -> str:
+        first, last = self.protect
+        return (
+            f"{self.io} reads, {self.queue_depth} at a time; policy {self.policy}; "
+            f"first {first} and last {last} layers protected"
+        )
+
     def __post_init__(self) -> None:
         assert self.queue_depth >= 1
         assert self.policy in POLICIES

@@ -267,7 +267,9 @@ def test_what_reading_takes_is_planned(store: ExpertStore) -> None:
     streaming = Streaming(direct=True, queue_depth=16)
     plan = make_plan(store, None, SIZES, memory_bytes=AMPLE, streaming=streaming)
     part = next(part for part in plan.parts if part.name == "expert reads")
-    assert part.note == "16 at a time, direct"
+    assert part.note == (
+        "direct reads, 16 at a time; policy lru; first 6 and last 3 layers protected"
+    )
     assert plan.total - without.total == part.bytes == 2 * reader_bytes(8)
 
 
