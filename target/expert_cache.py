@@ -70,9 +70,7 @@ class ExpertCache:
         self.store = store
         self.streaming = how = streaming or Streaming()
         experts, top_k = store.num_experts, store.config.top_k
-        self._pinned = {
-            layer: ExpertBank(store.geometry(layer), experts, dtype) for layer in sorted(pinned)
-        }
+        self._pinned = {i: ExpertBank(store.geometry(i), experts, dtype) for i in sorted(pinned)}
         unpinned = [layer for layer in store.layers if layer not in self._pinned]
         kinds = list(dict.fromkeys(store.geometry(layer) for layer in unpinned))
         members = [[i for i in unpinned if store.geometry(i) == kind] for kind in kinds]
@@ -290,10 +288,9 @@ class ExpertCache:
         return self._groups[layer].table.places(layer)[np.concatenate(experts)]
 
     def _wave(self, layer: int, experts: np.ndarray, fleeting: bool) -> Wave:
-        group = self._groups[layer]
         table = np.full(self.store.num_experts, -1, np.int32)
-        table[experts] = group.table.places(layer)[experts]
-        return Wave(group.bank.weights, table, experts.astype(np.int32), fleeting)
+        table[experts] = self._slots(layer, experts)
+        return Wave(self.bank(layer), table, experts.astype(np.int32), fleeting)
 
     def _count_pinned(self) -> None:
         for layer, count in self._pinned_hits.take():

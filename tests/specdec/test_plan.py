@@ -351,7 +351,8 @@ def test_a_process_stays_within_its_plan(
     )
     assert done.returncode == 0, done.stderr
     peak, planned = json.loads(done.stdout)
-    assert planned / (2 if backend == "cpu" else 4) < peak <= 1.1 * planned
+    # Numba's compiler takes what is planned for it only where its cache is empty.
+    assert planned / (2.5 if backend == "cpu" else 4) < peak <= 1.1 * planned
 
 
 def test_the_cap_holds_over_a_thousand_tokens(tmp_path: Path) -> None:
