@@ -13,18 +13,24 @@ from specdec.target.expert_cache import ExpertCache
 from specdec.target.expert_store import ExpertStore
 from specdec.target.model import Output, Target
 from specdec.target.pins import pinned_layers
+from specdec.target.streaming import Streaming
 from specdec.tree.draft_tree import DraftTree
 
 
 def load_target(
-    folder: Path, backend: Backend, pins: int | None = None, slots: int = 1, taps=()
+    folder: Path,
+    backend: Backend,
+    pins: int | None = None,
+    slots: int = 1,
+    taps=(),
+    streaming: Streaming | None = None,
 ) -> Target:
     """A target with `pins` layers resident (None: all of them) and `slots` for the others."""
     checkpoint = Checkpoint.open(folder)
     config = TargetConfig.of(checkpoint)
     store = ExpertStore(checkpoint, config)
     pinned = pinned_layers(len(store.layers) if pins is None else pins, store.layers)
-    cache = ExpertCache(store, pinned, slots, backend.dtype)
+    cache = ExpertCache(store, pinned, slots, backend.dtype, streaming)
     target = Target.load(checkpoint, config, cache, backend, taps)
     cache.load_pinned()
     return target
