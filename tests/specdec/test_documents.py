@@ -35,7 +35,9 @@ def test_every_file_that_the_readme_names_exists():
         assert (ROOT / link).exists(), link
 
 
-@pytest.mark.parametrize("document", ["README.md", "docs/metrics.md", "CONTRIBUTING.md"])
+@pytest.mark.parametrize(
+    "document", ["README.md", "docs/metrics.md", "docs/streaming.md", "CONTRIBUTING.md"]
+)
 def test_every_command_line_in_the_documents_parses(document):
     """Every `specdec ...` line names a command and options that exist."""
     text = (ROOT / document).read_text()
