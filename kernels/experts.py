@@ -103,15 +103,14 @@ def _each(x: mx.array, bank: ExpertWeights, slots: mx.array) -> mx.array:
     if ordered:
         order = mx.argsort(pairs)
         pairs, of = pairs[order], of[order]
-    x = x[of][:, None, None]  # [pairs, 1, 1, hidden]
-    gathered = partial(_gather, slots=pairs[:, None], ordered=ordered)
-    y = gathered(swiglu(gathered(x, bank.gate), gathered(x, bank.up)), bank.down)
-    y = y[:, 0, 0]
+    x = x[of][:, None]  # [pairs, 1, hidden]
+    gathered = partial(_gather, slots=pairs, ordered=ordered)
+    y = gathered(swiglu(gathered(x, bank.gate), gathered(x, bank.up)), bank.down)[:, 0]
     return (y[mx.argsort(order)] if ordered else y).reshape(rows, n, -1)
 
 
 def _gather(x: mx.array, weight: Weight, slots: mx.array, ordered: bool) -> mx.array:
-    """x [pairs, 1, 1, in] times the transposed matrix in each slot: [pairs, 1, 1, out]."""
+    """x [pairs, 1, in] times the transposed matrix in each slot [pairs]: [pairs, 1, out]."""
     if not weight.quantized:
         transposed = weight.data.swapaxes(-1, -2)
         return mx.gather_mm(x, transposed, rhs_indices=slots, sorted_indices=ordered)

@@ -15,6 +15,10 @@ from specdec.kernels.norm import Norm
 from specdec.kernels.weight import Weight
 
 
+# MLX 0.32.4's product for several rows gives NaN on CUDA for rows of weights shorter than this.
+SHORT = 128
+
+
 class Piece(NamedTuple):
     """The columns start to start + width - 1 of rows [rows, n]."""
 
@@ -41,6 +45,8 @@ def linear(
         x = norm(x)
     if not weight.quantized:
         y = x @ weight.data.swapaxes(-1, -2)
+    elif mx.cuda.is_available() and weight.in_features < SHORT:
+        y = x @ mx.dequantize(*weight.arrays, weight.group_size, weight.bits).T
     else:
         y = mx.quantized_matmul(
             x,
