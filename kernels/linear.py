@@ -14,7 +14,6 @@ from specdec.kernels.executor import operation
 from specdec.kernels.norm import Norm
 from specdec.kernels.weight import Weight
 
-
 # MLX 0.32.4's product for several rows gives NaN on CUDA for rows of weights shorter than this.
 SHORT = 128
 
