@@ -23,7 +23,9 @@ def block_attention(
     assert (first < last).all()
     if is_numpy(queries):
         return cpu.block_attention(queries, keys, values, first, last, scale)
-    places = int(last.max())
+    # On CUDA a plan is made for each new number of keys, in ten times the time of using it: there
+    # the whole buffer is looked at, which grows by steps, and what lies behind is masked.
+    places = keys.shape[1] if mx.default_device() == mx.gpu else int(last.max())
     keys, values = keys[:, :places], values[:, :places]
     mask = None
     if first.any() or (last < places).any():

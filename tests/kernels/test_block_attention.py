@@ -43,3 +43,13 @@ def test_against_a_softmax(kv_heads, group, rows, places, dim, everything, seed)
     q, k, v = arrays
     theirs = block_attention(q, k[:, :places], v[:, :places], first, last, 0.3)
     np.testing.assert_allclose(np.array(theirs), expected, atol=1e-5)
+
+
+def test_the_whole_buffer_with_what_is_behind_it_masked(monkeypatch):
+    """As on a GPU, where the number of keys must not change from round to round."""
+    rng = np.random.default_rng(3)
+    q, k, v = (mx.array(rng.standard_normal((2, n, 16)), mx.float32) for n in (3, 12, 12))
+    first, last = np.array([0, 2, 5]), np.array([7, 7, 7])
+    alone = block_attention(q, k[:, :7], v[:, :7], first, last, 0.3)
+    monkeypatch.setattr(mx, "default_device", lambda: mx.gpu)
+    np.testing.assert_allclose(block_attention(q, k, v, first, last, 0.3), alone, atol=1e-6)
