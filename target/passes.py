@@ -5,8 +5,8 @@ the mixing of a gated delta layer. A pass collects what committing will need and
 committed tokens as they are until `commit`.
 """
 
+from abc import ABC, abstractmethod
 from itertools import pairwise
-from typing import Protocol
 
 import numpy as np
 
@@ -25,44 +25,16 @@ from specdec.kernels.linear import Piece
 from specdec.target.state import State
 
 
-class Pass(Protocol):
+class Pass(ABC):
     """What a layer asks of the other tokens; `index` counts layers of one kind.
 
     Shapes as in kernels.attention (keys and values [kv_heads, rows, dim]) and kernels.gated_delta.
     """
 
-    positions: np.ndarray  # int32 [rows]
-    chosen: dict[int, Array]  # MoE layer -> experts of each row, int32 [rows, top_k]
-
-    def attend(
-        self,
-        index: int,
-        queries: Array,
-        keys: Array,
-        values: Array,
-        scale: float,
-        gate: Piece | None,
-    ) -> Array: ...
-
-    def mix(self, index: int, inputs: DeltaInputs, weights: DeltaWeights) -> Array: ...
-
-    def again(self) -> "Pass":
-        """A fresh pass over the same rows."""
-        ...
-
-
-class PromptPass:
-    """Consecutive rows directly after the committed tokens."""
-
-    def __init__(self, state: State, rows: int) -> None:
-        self.state, self.rows = state, rows
-        self.positions = np.arange(state.length, state.length + rows, dtype=np.int32)
-        self.chosen: dict[int, Array] = {}
-        self._conv: dict[int, Array] = {}
-        self._recurrent: dict[int, Array] = {}
-
-    def again(self) -> "PromptPass":
-        return PromptPass(self.state, self.rows)
+    def __init__(self, state: State, positions: np.ndarray) -> None:
+        """positions: int32 [rows]."""
+        self.state, self.positions = state, positions
+        self.chosen: dict[int, Array] = {}  # MoE layer -> experts of each row, int32 [rows, top_k]
 
     def attend(
         self,
@@ -73,10 +45,40 @@ class PromptPass:
         scale: float,
         gate: Piece | None,
     ) -> Array:
-        state = self.state
-        state.stage(index, keys, values)
-        buffers = state.keys[index], state.values[index]
-        return prefill_attention(queries, *buffers, state.length, scale, gate)
+        self.state.stage(index, keys, values)
+        buffers = self.state.keys[index], self.state.values[index]
+        return self._attention(queries, *buffers, scale, gate)
+
+    @abstractmethod
+    def _attention(
+        self, queries: Array, keys: Array, values: Array, scale: float, gate: Piece | None
+    ) -> Array:
+        """Of the rows over the buffers, their own keys and values staged."""
+
+    @abstractmethod
+    def mix(self, index: int, inputs: DeltaInputs, weights: DeltaWeights) -> Array: ...
+
+    @abstractmethod
+    def again(self) -> "Pass":
+        """A fresh pass over the same rows."""
+
+
+class PromptPass(Pass):
+    """Consecutive rows directly after the committed tokens."""
+
+    def __init__(self, state: State, rows: int) -> None:
+        super().__init__(state, np.arange(state.length, state.length + rows, dtype=np.int32))
+        self.rows = rows
+        self._conv: dict[int, Array] = {}
+        self._recurrent: dict[int, Array] = {}
+
+    def again(self) -> "PromptPass":
+        return PromptPass(self.state, self.rows)
+
+    def _attention(
+        self, queries: Array, keys: Array, values: Array, scale: float, gate: Piece | None
+    ) -> Array:
+        return prefill_attention(queries, keys, values, self.state.length, scale, gate)
 
     def mix(self, index: int, inputs: DeltaInputs, weights: DeltaWeights) -> Array:
         state = self.state
@@ -92,31 +94,22 @@ class PromptPass:
         self.state.advance(self.rows, conv, [self._recurrent[index] for index in layers])
 
 
-class TreePass:
+class TreePass(Pass):
     """A tree's rows, each after the committed tokens and its own ancestors."""
 
     def __init__(self, state: State, tree: TreeLayout) -> None:
-        self.state, self.tree = state, tree
-        self.positions = (state.length + tree.depths).astype(np.int32)
-        self.chosen: dict[int, Array] = {}
-        self._attention = AttentionLayout(tree, state.length)
+        super().__init__(state, (state.length + tree.depths).astype(np.int32))
+        self.tree = tree
+        self._layout = AttentionLayout(tree, state.length)
         self._tapes: dict[int, Tape] = {}
 
     def again(self) -> "TreePass":
         return TreePass(self.state, self.tree)
 
-    def attend(
-        self,
-        index: int,
-        queries: Array,
-        keys: Array,
-        values: Array,
-        scale: float,
-        gate: Piece | None,
+    def _attention(
+        self, queries: Array, keys: Array, values: Array, scale: float, gate: Piece | None
     ) -> Array:
-        self.state.stage(index, keys, values)
-        buffers = self.state.keys[index], self.state.values[index]
-        return tree_attention(queries, *buffers, self._attention, scale, gate)
+        return tree_attention(queries, keys, values, self._layout, scale, gate)
 
     def mix(self, index: int, inputs: DeltaInputs, weights: DeltaWeights) -> Array:
         state = self.state

@@ -13,14 +13,13 @@ import numpy as np
 
 from specdec.kernels.attention import AttentionLayout, AttentionShape
 from specdec.kernels.gpu.kernel import Launch, MetalKernel
-from specdec.kernels.gpu.limits import MAX_ROWS, Unsupported
+from specdec.kernels.gpu.limits import FLOATS, MAX_ROWS, Unsupported
 from specdec.kernels.linear import Piece
 
 POSITIONS = 128  # of a block; the kernels count on it
 MAX_DIM = 256
 MAX_GROUP = 16
 ENOUGH = 192  # threadgroups keep a large GPU busy; beyond, heads rather share what is read
-FLOATS = (mx.float32, mx.float16, mx.bfloat16)
 
 INPUTS = MetalKernel(
     "attention_inputs",

@@ -12,16 +12,13 @@ import mlx.core as mx
 
 from specdec.kernels.experts import ExpertWeights, SharedExpert
 from specdec.kernels.gpu.kernel import Launch, MetalKernel
-from specdec.kernels.gpu.limits import MAX_ROWS, Unsupported
+from specdec.kernels.gpu.limits import GROUPS, MAX_ROWS, PACKED, Unsupported
 from specdec.kernels.linear import Piece
 from specdec.kernels.norm import Norm
 from specdec.kernels.routing import Routing
 from specdec.kernels.weight import Weight
 
 MAX_TOP_K = 16
-PACKED = {2, 3, 4, 5, 6, 8}
-GROUPS = {32, 64, 128}
-FLOATS = (mx.float32, mx.float16, mx.bfloat16)
 TILE_ROWS = 2  # rows that share one reading of an expert, at most
 HIDDEN_SIMDGROUPS = 4  # of a threadgroup of expert_hidden
 SUM_FEATURES = 8  # of a threadgroup of expert_sum

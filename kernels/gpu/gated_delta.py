@@ -10,14 +10,13 @@ import mlx.core as mx
 
 from specdec.kernels.gated_delta import DeltaInputs, DeltaWeights, Tape
 from specdec.kernels.gpu.kernel import Launch, MetalKernel
-from specdec.kernels.gpu.limits import MAX_ROWS, Unsupported
+from specdec.kernels.gpu.limits import FLOATS, MAX_ROWS, Unsupported
 from specdec.kernels.gpu.tree_program import lone_root, tree_program
 from specdec.kernels.layout import TreeLayout
 
 SIMDGROUPS = 16  # of a threadgroup, at most
 STATE = 32  # floats of the state in a thread's registers: more, and 512 threads have no room
 TAPS = range(2, 9)
-FLOATS = (mx.float32, mx.float16, mx.bfloat16)
 LAYERS = 4  # of one launch of the replay
 
 TREE = MetalKernel(

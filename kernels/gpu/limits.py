@@ -1,8 +1,15 @@
 """What the GPU kernels take."""
 
+import mlx.core as mx
+
 # A mask of rows is 32 bits wide, and more rows than these belong to a prompt, where MLX's own
 # matrix kernels are the fast ones.
 MAX_ROWS = 32
+
+FLOATS = (mx.float32, mx.float16, mx.bfloat16)
+# Bits and group sizes of the packed weights that weights.h reads.
+PACKED = {2, 3, 4, 5, 6, 8}
+GROUPS = {32, 64, 128}
 
 
 class Unsupported(Exception):

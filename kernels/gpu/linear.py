@@ -9,15 +9,12 @@ import mlx.core as mx
 import numpy as np
 
 from specdec.kernels.gpu.kernel import Launch, MetalKernel
-from specdec.kernels.gpu.limits import MAX_ROWS, Unsupported
+from specdec.kernels.gpu.limits import FLOATS, GROUPS, MAX_ROWS, PACKED, Unsupported
 from specdec.kernels.norm import Norm
 from specdec.kernels.weight import Weight
 
 SIMDGROUPS = 2  # of a threadgroup: small ones spread evenly over a GPU's cores
 ENOUGH = 1024  # simdgroups keep a large GPU busy; a small matrix gets fewer features in each
-PACKED = {2, 3, 4, 5, 6, 8}
-GROUPS = {32, 64, 128}
-FLOATS = (mx.float32, mx.float16, mx.bfloat16)
 
 LINEAR = MetalKernel(
     "linear",
