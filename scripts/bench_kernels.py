@@ -20,6 +20,7 @@ import mlx.core as mx
 import numpy as np
 
 from specdec.bench import read_prompts
+from specdec.budget import Fixed
 from specdec.demo_pair import PROMPTS
 from specdec.kernels.array import Array, evaluate
 from specdec.kernels.layout import TreeLayout
@@ -129,7 +130,7 @@ def _by_budget(pair: Loaded, prompt: Sequence[int], arguments: argparse.Namespac
             made: list[Round] = []
             start = perf_counter()
             while sum(len(one.tokens) for one in made) < arguments.tokens:
-                made.append(engine.step(budget))
+                made.append(engine.step(Fixed(budget)))
             spent = perf_counter() - start
             if turn >= 0:
                 rounds[budget] += made

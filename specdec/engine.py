@@ -8,6 +8,7 @@ from time import perf_counter
 
 import numpy as np
 
+from specdec.budget import Budget
 from specdec.choose import greedy
 from specdec.draft.model import Draft
 from specdec.errors import SpecdecError
@@ -19,6 +20,10 @@ from specdec.tree.block import Block
 from specdec.tree.build import build
 from specdec.tree.draft_tree import DraftTree
 from specdec.tree.walk import walk
+
+# While plain decoding goes on in a session that may draft again, the draft is told of this many
+# tokens at a time: cheaper than one by one, and the taps that wait are bounded.
+CATCH_UP_ROWS = 64
 
 
 class Engine:
@@ -71,15 +76,20 @@ class Engine:
         self._bonus = int(self.choose(output.logits)[0])
         return Prefill(self._bonus, len(tokens), perf_counter() - start)
 
-    def step(self, budget: int, kind: str = "best-first") -> Round:
-        """One round with a tree of `budget` nodes; 1 is plain decoding with the root alone."""
+    def step(self, budget: Budget, kind: str = "best-first") -> Round:
+        """One round with the tree that `budget` asks for; a limit of 1 is plain decoding."""
         assert self._bonus is not None, "step before prefill"
+        limit, context, told = budget.limit(), self.target.length, self._untold_rows()
+        misses, stall = self.target.experts.waited()
         times = [perf_counter()]
         tree = DraftTree.root(self._bonus)
-        block = self._propose(budget) if budget > 1 else None
+        block = self._propose(limit) if limit > 1 else None
+        if block is None and told >= CATCH_UP_ROWS:
+            self._tell_draft()
+        told -= self._untold_rows()
         times.append(perf_counter())
         if block is not None:
-            tree = build(self._bonus, block, budget, kind)
+            tree = budget.cut(build(self._bonus, block, limit, kind))
         times.append(perf_counter())
         output = self.target.verify(tree)
         path, bonus = walk(tree, self.choose(output.logits))
@@ -90,8 +100,13 @@ class Engine:
             self._bonus = bonus
             self._untold += taps
         times.append(perf_counter())
-        draft, built, verify, commit = np.diff(times).tolist()
-        return Round(tree, path, bonus, PhaseSeconds(draft, built, verify, commit))
+        seconds = PhaseSeconds(*np.diff(times).tolist())
+        missed, stalled = self.target.experts.waited()
+        done = Round(
+            tree, path, bonus, seconds, limit, context, told, missed - misses, stalled - stall
+        )
+        budget.learn(done)
+        return done
 
     def _propose(self, budget: int) -> Block:
         if self.draft is None or not self._drafting:
@@ -101,6 +116,9 @@ class Engine:
         assert self.draft.length == self.target.length
         # a tree is nowhere deeper than it has nodes
         return self.draft.propose(self._bonus, budget, budget)
+
+    def _untold_rows(self) -> int:
+        return sum(taps.shape[0] for taps in self._untold)
 
     def _tell_draft(self) -> None:
         """Extend the draft's context by what was committed since it last drafted.

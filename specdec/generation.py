@@ -12,6 +12,7 @@ from time import perf_counter
 
 import numpy as np
 
+from specdec.budget import Fixed
 from specdec.engine import Engine
 from specdec.errors import PlanError, PromptError, SpecdecError
 from specdec.interrupt import Interrupts
@@ -121,9 +122,10 @@ def generate(
             prompt_bytes = sum(one.bytes_read for one in engine.target.experts.counters())
             assert prefill.token is not None
             finish = writer.emit((prefill.token,))
+            budget = Fixed(request.budget)
             while finish is None:
                 interrupts.check()
-                rounds.append(engine.step(request.budget, request.tree))
+                rounds.append(engine.step(budget, request.tree))
                 finish = writer.emit(rounds[-1].tokens)
             interrupts.check()
         except KeyboardInterrupt:

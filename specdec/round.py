@@ -34,12 +34,21 @@ class Round:
     tree: the verified tree (the root alone when the budget is 1).
     path: accepted rows, the root first; len(path) - 1 draft tokens were accepted.
     bonus: the target's own next token after the path, the root of the next round.
+    budget: the most nodes that were to be drafted; 1 where no draft was asked.
+    context: committed tokens before the round.
+    told: committed tokens that the draft was told of in this round's draft phase.
+    misses, stall: experts that were not in memory when asked for, and seconds waited for them.
     """
 
     tree: DraftTree
     path: tuple[int, ...]
     bonus: int
     seconds: PhaseSeconds
+    budget: int = 1
+    context: int = 0
+    told: int = 0
+    misses: int = 0
+    stall: float = 0.0
 
     def __post_init__(self) -> None:
         assert self.path[0] == 0

@@ -219,6 +219,13 @@ class ExpertCache:
         unpinned = [one for one in self._counters.values() if not one.pinned]
         return sum(one.hits for one in unpinned), sum(one.misses for one in unpinned)
 
+    def waited(self) -> tuple[int, float]:
+        """Misses of all unpinned layers so far, and seconds waited for their reads."""
+        if self.all_pinned:
+            return 0, 0.0
+        layers = self._counters.values()
+        return sum(i.misses for i in layers), sum(i.stall_seconds for i in layers)
+
     def reads(self) -> ReadCounters:
         """What the disk delivered since the counters were reset."""
         return self._reader.counters()

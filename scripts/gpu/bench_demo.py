@@ -5,6 +5,7 @@ from time import perf_counter
 from typing import Any
 
 from specdec.bench import read_prompts
+from specdec.budget import Fixed
 from specdec.demo_pair import PROMPTS
 from specdec.engine import Engine
 from specdec.kernels.executor import use_gpu_kernels
@@ -23,7 +24,7 @@ def generate(
     assert first is not None
     tokens, rounds, start = [first], 0, perf_counter()
     while len(tokens) < count:
-        tokens += engine.step(budget, kind).tokens
+        tokens += engine.step(Fixed(budget), kind).tokens
         rounds += 1
     return tokens, rounds, perf_counter() - start
 

@@ -17,6 +17,7 @@ import specdec.target.model as model_module
 import specdec.target.state as state_module
 from scripts.gpu.timing import median_ms
 from scripts.gpu.trees import bush
+from specdec.budget import Fixed
 from specdec.checkpoint import Checkpoint
 from specdec.choose import greedy
 from specdec.engine import Engine
@@ -136,14 +137,14 @@ def decode(engine: Engine, prompt: Sequence[int], count: int) -> dict[str, Any]:
     """Plain decoding: tokens per second, and a token's operations."""
     engine.prefill(prompt)
     for _ in range(4):
-        engine.step(1)
+        engine.step(Fixed(1))
     begin = perf_counter()
-    seconds = [engine.step(1).seconds for _ in range(count)]
+    seconds = [engine.step(Fixed(1)).seconds for _ in range(count)]
     spent = perf_counter() - begin
     watch = Watch()
     watch.operations = Counter()
     with watch.on():
-        engine.step(1)
+        engine.step(Fixed(1))
     return {
         "tokens_per_second": count / spent,
         "ms": spent / count * 1e3,

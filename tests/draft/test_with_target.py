@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from specdec.budget import Fixed
 from specdec.draft.doctor import examine
 from specdec.draft.model import Draft
 from specdec.load import Loaded, Settings, load
@@ -41,7 +42,7 @@ def test_after_any_rounds_the_draft_knows_what_a_prefill_would_tell_it(loaded, m
     engine = loaded.engine
     answer = [engine.prefill(PROMPT).token]
     while len(answer) < 60:
-        answer += engine.step(1).tokens
+        answer += engine.step(Fixed(1)).tokens
     rng = np.random.default_rng(4)
 
     def knows(bonus: int, width: int, *slots) -> Block:
@@ -58,7 +59,7 @@ def test_after_any_rounds_the_draft_knows_what_a_prefill_would_tell_it(loaded, m
     with monkeypatch.context() as patch:
         patch.setattr(engine.draft, "propose", knows)
         for budget in (1, 6, 3, 1, 12, 6, 2):
-            done = engine.step(budget, kind)
+            done = engine.step(Fixed(budget), kind)
             accepted += done.accepted
             tokens += [bonus, *done.tokens[:-1]]
             bonus = done.bonus
@@ -72,7 +73,7 @@ def test_after_any_rounds_the_draft_knows_what_a_prefill_would_tell_it(loaded, m
         return by_rounds[-1]
 
     monkeypatch.setattr(engine.draft, "propose", noted)
-    engine.step(12, kind)
+    engine.step(Fixed(12), kind)
     at_once = told_at_once(loaded, tokens).propose(bonus, 12)
     np.testing.assert_array_equal(by_rounds[0].tokens, at_once.tokens)
     np.testing.assert_allclose(by_rounds[0].log_probs, at_once.log_probs, atol=1e-4)
@@ -93,7 +94,7 @@ def test_doctor_on_the_targets_own_text(loaded):
     engine = loaded.engine
     tokens = [*PROMPT, engine.prefill(PROMPT).token]
     while len(tokens) < len(PROMPT) + 15:
-        tokens += engine.step(1).tokens
+        tokens += engine.step(Fixed(1)).tokens
     positions = len(tokens) - len(PROMPT)
     found = examine(engine.target, engine.draft, tokens, positions)
     hits = 0

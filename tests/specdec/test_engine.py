@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from specdec import checkpoint as checkpoint_module
+from specdec.budget import Fixed
 from specdec.checkpoint import Checkpoint
 from specdec.draft.config import DraftConfig
 from specdec.draft.model import Draft
@@ -68,7 +69,7 @@ def run(engine: Engine, prompt, budget: int, kind: str, length: int):
     prefill = engine.prefill(prompt, drafting=budget > 1)
     tokens, rounds = [prefill.token], []
     while len(tokens) < length:
-        rounds.append(engine.step(budget, kind))
+        rounds.append(engine.step(Fixed(budget), kind))
         tokens.extend(rounds[-1].tokens)
     return tokens[:length], rounds
 
@@ -154,7 +155,7 @@ def test_budgets_may_change_from_round_to_round(
     engine = cheating(targets(family, "4bit", CPU, place), truth, prompt, seed=seed)
     tokens = [engine.prefill(prompt).token]
     for n in range(5):
-        tokens.extend(engine.step(budgets[n % len(budgets)], kind).tokens)
+        tokens.extend(engine.step(Fixed(budgets[n % len(budgets)]), kind).tokens)
         assert tokens[:30] == truth[: len(tokens)]
         if len(tokens) >= 30:
             break
@@ -204,7 +205,7 @@ def test_rounds_say_what_happened(backend, targets):
     assert prefill.prompt_tokens == len(PROMPT)
     emitted, bonus = [prefill.token], prefill.token
     for _ in range(6):
-        r = engine.step(5)
+        r = engine.step(Fixed(5))
         assert r.tree.tokens[0] == bonus
         assert r.tree.rows == 6
         assert len(r.tokens) == r.accepted + 1 == len(r.path)
@@ -221,18 +222,18 @@ def test_budgets_above_one_need_a_draft(backend, targets):
     target = targets("qwen3_moe", "4bit", backend)
     engine = Engine(target)
     with pytest.raises(AssertionError):
-        engine.step(1)
+        engine.step(Fixed(1))
     engine.prefill(PROMPT)
     before = state_bytes(target)
     with pytest.raises(SpecdecError, match="budget 4 needs a draft"):
-        engine.step(4)
+        engine.step(Fixed(4))
     assert state_bytes(target) == before
-    engine.step(1)
+    engine.step(Fixed(1))
     truth = truth_of(target, PROMPT, 10)
     engine = cheating(target, truth, PROMPT)
     engine.prefill(PROMPT, drafting=False)
     with pytest.raises(SpecdecError, match="needs a draft"):
-        engine.step(4)
+        engine.step(Fixed(4))
 
 
 class Stumble(Exception):
@@ -250,7 +251,7 @@ def test_an_error_amid_a_round_leaves_the_session_usable(
     truth = truth_of(target, PROMPT, 30)
     engine = cheating(target, truth, PROMPT)
     assert engine.draft is not None
-    tokens: list[Any] = [engine.prefill(PROMPT).token, *engine.step(6).tokens]
+    tokens: list[Any] = [engine.prefill(PROMPT).token, *engine.step(Fixed(6)).tokens]
     before = state_bytes(target)
 
     def stumble(*_):
@@ -267,10 +268,10 @@ def test_an_error_amid_a_round_leaves_the_session_usable(
         else:
             patch.setattr(engine.draft, "extend", stumble)
         with pytest.raises(error):
-            engine.step(6)
+            engine.step(Fixed(6))
     assert state_bytes(target) == before
     while len(tokens) < 20:
-        tokens.extend(engine.step(6).tokens)
+        tokens.extend(engine.step(Fixed(6)).tokens)
     assert tokens[:20] == truth[:20]
 
 
@@ -290,9 +291,9 @@ def test_a_disk_error_amid_a_round_is_reported_and_survived(backend, targets, mo
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint_module, "read_at", broken)
         with pytest.raises(ExpertReadError, match=r"model\.safetensors"):
-            engine.step(8)
+            engine.step(Fixed(8))
     while len(tokens) < 20:
-        tokens.extend(engine.step(8).tokens)
+        tokens.extend(engine.step(Fixed(8)).tokens)
     assert tokens[:20] == truth
     assert run(engine, PROMPT, 8, "spine", 20)[0] == truth  # and the next request
 
@@ -304,5 +305,5 @@ def test_requests_do_not_see_each_other(backend, targets):
     engine = cheating(target, truth, PROMPT)
     assert run(engine, PROMPT, 6, "best-first", 20)[0] == truth
     engine.prefill(LONG, drafting=False)
-    engine.step(1)
+    engine.step(Fixed(1))
     assert run(engine, PROMPT, 6, "best-first", 20)[0] == truth

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from specdec import checkpoint as checkpoint_module
+from specdec.budget import Fixed
 from specdec.errors import CheckpointError, PairingError, PlanError, SpecdecError
 from specdec.generation import Request, generate
 from specdec.kernels.array import Backend, choose_backend
@@ -86,9 +87,9 @@ def test_a_target_alone(tmp_path):
     loaded = load(settings(pair, draft=None))
     assert loaded.engine.draft is None
     loaded.engine.prefill([1, 2, 3])
-    loaded.engine.step(1)
+    loaded.engine.step(Fixed(1))
     with pytest.raises(SpecdecError, match="needs a draft"):
-        loaded.engine.step(6)
+        loaded.engine.step(Fixed(6))
     loaded.engine.target.experts.store.checkpoint.close()
 
 

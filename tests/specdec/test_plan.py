@@ -299,6 +299,7 @@ def test_the_machine_has_memory() -> None:
 
 RUN = """
 import json, sys
+from specdec.budget import Fixed
 from specdec.load import Settings, load
 from specdec.metrics import peak_process_bytes
 
@@ -307,7 +308,7 @@ loaded = load(Settings(model, draft, pins, None, None, chunk, context, budget))
 engine = loaded.engine
 engine.prefill([7 + i % 200 for i in range(prompt)])
 while engine.target.length < context:
-    engine.step(budget)
+    engine.step(Fixed(budget))
 print(json.dumps([peak_process_bytes(), loaded.plan.total]))
 """
 

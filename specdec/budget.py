@@ -1,0 +1,41 @@
+"""Budget: how many tree nodes a round drafts and verifies, asked round by round.
+
+`Fixed` is the user's number. Any other budget only chooses how much is tried, never what is
+emitted: the target decides every token.
+"""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from specdec.round import Round
+from specdec.tree.draft_tree import DraftTree
+
+
+class Budget(Protocol):
+    """What the engine asks and tells in every round, in this order."""
+
+    def limit(self) -> int:
+        """The most nodes to draft for the next round; 1: no draft, the root alone."""
+
+    def cut(self, tree: DraftTree) -> DraftTree:
+        """The part of a drafted tree that is worth verifying: its root, and nodes with all their
+        ancestors, parents before children."""
+
+    def learn(self, done: Round) -> None:
+        """What came of the round, told after its commit."""
+
+
+@dataclass(frozen=True)
+class Fixed:
+    """The same number of nodes in every round."""
+
+    nodes: int
+
+    def limit(self) -> int:
+        return self.nodes
+
+    def cut(self, tree: DraftTree) -> DraftTree:
+        return tree
+
+    def learn(self, done: Round) -> None:
+        pass
