@@ -15,7 +15,8 @@ TREES = ("best-first", "chain", "spine")
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 
-def _finite(ctx: click.Context, option: click.Parameter, value: float | None) -> float | None:
+def finite(ctx: click.Context, option: click.Parameter, value: float | None) -> float | None:
+    """Callback of an option: NaN and infinities are no numbers to compute with."""
     if value is not None and not math.isfinite(value):
         raise click.BadParameter(f"{value} is not a finite number.")
     return value
@@ -66,7 +67,7 @@ def memory_options(command: Command) -> Command:
         click.option(
             "--memory-gb",
             type=click.FloatRange(min=0, max=1e6, min_open=True),
-            callback=_finite,
+            callback=finite,
             metavar="GB",
             help="Cap of the memory plan; a plan that does not fit is refused.",
         ),
@@ -159,7 +160,7 @@ def routing_options(command: Command) -> Command:
         click.option(
             "--cache-tolerance",
             type=click.FloatRange(min=0, max=1e6),
-            callback=_finite,
+            callback=finite,
             default=0.0,
             show_default=True,
             metavar="F",
