@@ -19,7 +19,6 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from specdec.bench import read_prompts
 from specdec.budget import Fixed
 from specdec.demo_pair import PROMPTS
 from specdec.kernels.array import Array, evaluate
@@ -28,6 +27,7 @@ from specdec.kernels.linear import linear
 from specdec.kernels.norm import Norm
 from specdec.kernels.weight import Weight
 from specdec.load import Loaded, Settings, load
+from specdec.prompts import read_prompts
 from specdec.round import Round
 from specdec.target.attention import Attention
 from specdec.target.gated_delta import GatedDelta

@@ -30,6 +30,7 @@ from specdec.demo_pair import DRAFT, PROMPTS, TARGET
 from specdec.generation import Request, generate
 from specdec.load import Loaded, Settings, load
 from specdec.metrics import first_difference
+from specdec.prompts import Prompt, read_prompts
 from specdec.units import number, percent, size, table
 
 SECTIONS = ("peer", "trees", "start", "memory")
@@ -80,7 +81,7 @@ def run_specdec(loaded: Loaded, prompt: Sequence[int], count: int) -> Timed:
     return Timed(result.tokens, result.seconds_to_first_token, rate)
 
 
-def peer_section(args: argparse.Namespace, prompts: Sequence[bench.Prompt]) -> dict[str, Any]:
+def peer_section(args: argparse.Namespace, prompts: Sequence[Prompt]) -> dict[str, Any]:
     """Plain decoding, specdec against mlx-lm."""
     print(f"\n== peer: {len(prompts)} prompts x {args.max_tokens} tokens x {args.repeat} repeats")
     loaded = load(_settings(args, budget=1))
@@ -117,7 +118,7 @@ def peer_section(args: argparse.Namespace, prompts: Sequence[bench.Prompt]) -> d
     return figures
 
 
-def trees_section(args: argparse.Namespace, prompts: Sequence[bench.Prompt]) -> dict[str, Any]:
+def trees_section(args: argparse.Namespace, prompts: Sequence[Prompt]) -> dict[str, Any]:
     """Budgets and kinds of trees: a budget is a number of drafted rows, whatever the kind."""
     budgets = tuple(sorted({1, *args.budgets}))
     print(f"\n== trees: budgets {budgets}, {args.max_tokens} tokens x {args.repeat} repeats")
@@ -126,7 +127,7 @@ def trees_section(args: argparse.Namespace, prompts: Sequence[bench.Prompt]) -> 
     sweeps = {}
     for kind in TREES:
 
-        def run(prompt: bench.Prompt, budget: int, kind: str = kind) -> Any:
+        def run(prompt: Prompt, budget: int, kind: str = kind) -> Any:
             tokens = tuple(loaded.tokenizer.encode(prompt.text))
             request = Request(tokens, budget=budget, tree=kind, max_tokens=args.max_tokens)
             return generate(loaded.engine, loaded.tokenizer, request)
@@ -236,8 +237,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the figures")
     args = parser.parse_args()
     mx.set_default_device(mx.cpu)
-    chosen: dict[str, list[bench.Prompt]] = {}
-    for prompt in bench.read_prompts(args.prompts):
+    chosen: dict[str, list[Prompt]] = {}
+    for prompt in read_prompts(args.prompts):
         chosen.setdefault(prompt.kind, []).append(prompt)
     prompts = [prompt for of_kind in chosen.values() for prompt in of_kind[: args.count]]
     figures: dict[str, Any] = {}

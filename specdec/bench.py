@@ -1,34 +1,21 @@
 """A sweep of prompts and budgets: who runs when, what is compared, how it is told.
 
 Repeats are the outer loop and budgets the inner one, so that a machine that slows down slows down
-every budget alike. Refuses prompt files with missing fields or repeated ids.
+every budget alike.
 """
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from specdec.aggregate import Aggregate, aggregate
-from specdec.errors import PromptError, SpecdecError
+from specdec.errors import SpecdecError
 from specdec.metrics import Metrics, measure
+from specdec.prompts import ALL, Prompt
 from specdec.units import number, percent, size, table
 
 if TYPE_CHECKING:
     from specdec.generation import Result
-
-ALL = "all"
-"""The class that holds every prompt."""
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """One line of a prompt file: {"id", "class", "prompt"}."""
-
-    id: str
-    kind: str
-    text: str
 
 
 @dataclass(frozen=True)
@@ -84,41 +71,6 @@ class Sweep:
             for prompt in self.prompts
             if kind in (prompt.kind, ALL)
         ]
-
-
-def read_prompts(path: Path) -> tuple[Prompt, ...]:
-    """The prompts of a JSON-lines file; PromptError names the file and line."""
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, ValueError) as error:
-        raise PromptError(f"{path}: cannot be read: {error}") from error
-    prompts: list[Prompt] = []
-    for at, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            value = json.loads(line)
-        except ValueError as error:
-            raise PromptError(f"{path}:{at}: not JSON: {error}") from error
-        fields = ("id", "class", "prompt")
-        if not isinstance(value, dict) or not all(
-            isinstance(value.get(field), str) and value[field] for field in fields
-        ):
-            raise PromptError(
-                f'{path}:{at}: expected an object with non-empty texts "id", "class" and "prompt"'
-            )
-        if any(prompt.id == value["id"] for prompt in prompts):
-            raise PromptError(f"{path}:{at}: id {value['id']!r} stands there twice")
-        if value["class"] == ALL:
-            raise PromptError(f'{path}:{at}: class "{ALL}" is the name of the total')
-        try:
-            value["prompt"].encode()
-        except UnicodeError as error:
-            raise PromptError(f"{path}:{at}: the prompt is not text: {error}") from error
-        prompts.append(Prompt(value["id"], value["class"], value["prompt"]))
-    if not prompts:
-        raise PromptError(f"{path}: holds no prompt")
-    return tuple(prompts)
 
 
 def sweep(

@@ -1,4 +1,4 @@
-"""Where the demo pair and its held-out prompts lie: what runs when no model is named."""
+"""Where the demo pair and the prompts lie: what runs when none are named."""
 
 from pathlib import Path
 
@@ -8,6 +8,9 @@ FOLDER = Path(__file__).parent / "demo"
 TARGET = FOLDER / "target"
 DRAFT = FOLDER / "draft"
 PROMPTS = FOLDER / "prompts.jsonl"
+"""Held out from the pair's training: classes code and prose."""
+WRITTEN = FOLDER / "prompts-written.jsonl"
+"""Written for this project: classes mathematics and chat."""
 
 
 def demo_pair() -> tuple[Path, Path]:

@@ -4,6 +4,7 @@ import numpy as np
 
 from specdec import bench
 from specdec.generation import Result
+from specdec.prompts import Prompt
 from specdec.round import PhaseSeconds, Prefill, Round
 from specdec.target.expert_cache import LayerCounters
 from specdec.tree.draft_tree import DraftTree
@@ -48,7 +49,7 @@ def result(accepted, nodes, decode_seconds=None, experts=None, cut=None, tokens=
     )
 
 
-PROMPTS = (bench.Prompt("a", "python", "def"), bench.Prompt("b", "prose", "Once"))
+PROMPTS = (Prompt("a", "python", "def"), Prompt("b", "prose", "Once"))
 
 
 def sweep_by_hand(accepted, wrong=(), repeats=2, on_run=lambda run: None):

@@ -1,6 +1,6 @@
 """Choose the held-out prompts that ship with the demo pair.
 
-Python: beginnings of functions, classes and modules of the held-out packages, cut after the
+Code: beginnings of Python functions, classes and modules of the held-out packages, cut after the
 docstring or the signature, 40 to 160 tokens. Prose: beginnings of held-out docstrings and
 documents. Writes one ``{"id", "class", "prompt"}`` a line.
 """
@@ -19,7 +19,7 @@ from tokenizers import Tokenizer
 
 from collect import HELD_OUT
 
-PYTHON, PROSE = 24, 10
+CODE, PROSE = 24, 10
 
 
 def definitions(source: str) -> Iterator[str]:
@@ -75,8 +75,8 @@ def main() -> None:
             except SyntaxError:
                 continue
             heads.append(module_head(record["text"]))
-    picked = [("python", t) for t in choose(code, PYTHON - 6, tokenizer, 40, 160)]
-    picked += [("python", t) for t in choose(heads, 6, tokenizer, 40, 160)]
+    picked = [("code", t) for t in choose(code, CODE - 6, tokenizer, 40, 160)]
+    picked += [("code", t) for t in choose(heads, 6, tokenizer, 40, 160)]
     picked += [("prose", t) for t in choose(prose, PROSE, tokenizer, 30, 120)]
     with args.out.open("w") as out:
         for i, (kind, prompt) in enumerate(picked):

@@ -4,13 +4,13 @@ from collections.abc import Sequence
 from time import perf_counter
 from typing import Any
 
-from specdec.bench import read_prompts
 from specdec.budget import Fixed
 from specdec.demo_pair import PROMPTS
 from specdec.engine import Engine
 from specdec.kernels.executor import use_gpu_kernels
 from specdec.kernels.gpu.limits import refused
 from specdec.load import Settings, load
+from specdec.prompts import read_prompts
 from specdec.units import table
 
 TREES = ("best-first", "spine", "chain")

@@ -16,8 +16,9 @@ from specdec.commands.options import (
 from specdec.errors import DisagreementError, PromptError, SpecdecError
 
 if TYPE_CHECKING:
-    from specdec.bench import Prompt, Run
+    from specdec.bench import Run
     from specdec.generation import Result
+    from specdec.prompts import Prompt
 
 
 @click.command()
@@ -60,11 +61,12 @@ def bench(**options: Any) -> None:
     from specdec.commands import session
     from specdec.demo_pair import PROMPTS
     from specdec.generation import Request, check_prompt, generate
+    from specdec.prompts import read_prompts
     from specdec.report import memory_line
     from specdec.routing_writer import RoutingWriter
 
     options["prompts"] = options["prompts"] or str(PROMPTS)
-    prompts = benchmark.read_prompts(Path(options["prompts"]))
+    prompts = read_prompts(Path(options["prompts"]))
     budgets: tuple[int, ...] = options["budgets"]
     with (
         record.JsonFile(options["json_path"]) as file,

@@ -1,11 +1,11 @@
-"""The sweep: order, medians per class, agreement of tokens, the shipped prompts."""
+"""The sweep: order, medians per class, agreement of tokens."""
 
 import re
 
 import pytest
 
 from specdec import bench, record
-from specdec.errors import PromptError
+from specdec.prompts import Prompt
 from tests.results import result, sweep_by_hand
 
 
@@ -23,7 +23,7 @@ def test_every_budget_warms_up_untimed():
         calls.append(budget)
         return result(accepted=[1], nodes=2)
 
-    prompts = (bench.Prompt("a", "python", "x"),)
+    prompts = (Prompt("a", "python", "x"),)
     done = bench.sweep(generate, prompts, (1, 6), 1, lambda run: None)
     assert calls == [1, 6, 1, 6]
     assert len(done.runs) == 2
@@ -57,39 +57,3 @@ def test_the_report_is_readable_and_honest():
     assert "tokens equal over all budgets and repeats, 2 prompts" in text
     assert "SLOWER than plain decoding at budget 6" in text
     assert "None" not in text
-
-
-def test_prompt_files(tmp_path):
-    path = tmp_path / "prompts.jsonl"
-    path.write_text(
-        '{"id": "a", "class": "python", "prompt": "def f"}\n\n'
-        '{"id": "b", "class": "prose", "prompt": "Grüße\\n", "note": 1}\n'
-    )
-    assert bench.read_prompts(path) == (
-        bench.Prompt("a", "python", "def f"),
-        bench.Prompt("b", "prose", "Grüße\n"),
-    )
-
-
-@pytest.mark.parametrize(
-    ("text", "words"),
-    [
-        ("", "holds no prompt"),
-        ("{", ":1: not JSON"),
-        ("[1]", ":1: expected an object"),
-        ('{"id": "a", "class": "x"}', ":1: expected an object"),
-        ('{"id": "a", "class": "x", "prompt": ""}', ":1: expected an object"),
-        ('{"id": "a", "class": "all", "prompt": "p"}', "is the name of the total"),
-        ('{"id": "a", "class": "x", "prompt": "p"}\n' * 2, ":2: id 'a' stands there twice"),
-    ],
-)
-def test_broken_prompt_files_are_named(tmp_path, text, words):
-    path = tmp_path / "prompts.jsonl"
-    path.write_text(text)
-    with pytest.raises(PromptError, match=f"prompts.jsonl.*{words}"):
-        bench.read_prompts(path)
-
-
-def test_a_missing_prompt_file_is_named(tmp_path):
-    with pytest.raises(PromptError, match=r"nope\.jsonl: cannot be read"):
-        bench.read_prompts(tmp_path / "nope.jsonl")

@@ -393,7 +393,7 @@ def test_without_a_model_the_demo_pair_runs(pair, tmp_path, monkeypatch):
     assert run("inspect").exit_code == 0
     done = run("bench", "--budgets", "1,2", "--repeat", "1", "--max-tokens", "2", "-q")
     assert done.exit_code == 0, done.stderr
-    assert "python (" in done.stdout
+    assert "code (" in done.stdout
     assert "prose (" in done.stdout
     assert run("doctor", "--positions", "3", "-q").exit_code in (0, 1)
 

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from specdec import demo_pair
-from specdec.bench import read_prompts
 from specdec.generation import Request, generate
 from specdec.load import Settings, load
+from specdec.prompts import read_prompts
 from specdec.tree.build import KINDS
 from tests.commands import run as run_command
 
@@ -78,7 +78,7 @@ def test_the_same_tokens_for_budgets_trees_pins_and_slots(places, prompts, alone
 
 
 def test_one_prompt_in_every_mode(places, prompts, alone):
-    n = next(n for n, prompt in enumerate(prompts) if prompt.kind == "python")
+    n = next(n for n, prompt in enumerate(prompts) if prompt.kind == "code")
     for budget, kind, place in MODES[1::6]:
         result = run(places[place], prompts[n].text, budget, kind)
         assert result.tokens == alone[n], (budget, kind, PLACES[place])

@@ -1,4 +1,4 @@
-"""What the documents promise exists: tests, folders, commands, options, prompts."""
+"""What the documents promise exists: tests, folders, commands, options."""
 
 import re
 import shlex
@@ -7,9 +7,7 @@ from pathlib import Path
 import click
 import pytest
 
-from specdec.bench import read_prompts
 from specdec.cli import main
-from specdec.demo_pair import PROMPTS
 
 ROOT = Path(__file__).parents[2]
 
@@ -57,9 +55,3 @@ def test_every_option_has_help():
     for command in main.commands.values():
         for option in command.params:
             assert not isinstance(option, click.Option) or option.help, (command.name, option)
-
-
-def test_the_shipped_prompts_are_of_both_classes():
-    prompts = read_prompts(PROMPTS)
-    assert {prompt.kind for prompt in prompts} == {"python", "prose"}
-    assert len(prompts) >= 20
