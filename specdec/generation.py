@@ -17,7 +17,7 @@ from specdec.engine import Engine
 from specdec.errors import PlanError, PromptError, SpecdecError
 from specdec.interrupt import Interrupts
 from specdec.round import Prefill, Round
-from specdec.stops import StopScanner
+from specdec.sampling import Sampling
 from specdec.target.config import TargetConfig
 from specdec.target.expert_counters import LayerCounters
 from specdec.target.expert_reader import ReadCounters
@@ -25,11 +25,15 @@ from specdec.target.layer_clock import LayerTime
 from specdec.target.streaming import Streaming
 from specdec.target.tolerance import LayerSubstitutions
 from specdec.tokenizer import Tokenizer
+from specdec.writer import Piece, Writer
 
 
 @dataclass(frozen=True)
 class Request:
-    """What to generate. eos_ids: token ids that end the text; empty to ignore end tokens."""
+    """What to generate. eos_ids: token ids that end the text; empty to ignore end tokens.
+
+    sampling: how the next token is chosen.
+    """
 
     prompt_tokens: tuple[int, ...]
     budget: int = 6
@@ -37,6 +41,7 @@ class Request:
     max_tokens: int = 128
     stop: tuple[str, ...] = ()
     eos_ids: tuple[int, ...] = ()
+    sampling: Sampling = Sampling()
 
     def __post_init__(self) -> None:
         assert self.budget >= 1
@@ -84,20 +89,23 @@ def generate(
     engine: Engine,
     tokenizer: Tokenizer,
     request: Request,
-    on_text: Callable[[str], None] | None = None,
+    on_text: Callable[[Piece], None] | None = None,
     on_progress: Callable[[int, int], None] | None = None,
+    on_round: Callable[[Round], None] | None = None,
 ) -> Result:
     """Run a request on an engine from nothing.
 
-    on_text gets the text as it becomes certain; on_progress(done, total) the prompt's progress.
+    on_text gets the text as it becomes certain; on_progress(done, total) the prompt's progress;
+    on_round each round, before its text.
     PromptError as check_prompt says, PlanError for more than the engine was loaded for. A
     SpecdecError amid the run (an expert cannot be read, on_text cannot write) is raised with what
     was done until then as its `result`, whose finish is "error".
     """
     check_prompt(request.prompt_tokens, engine.target.config)
     room = engine.target.config.max_position - len(request.prompt_tokens)
-    _check_plan(engine, request, min(request.max_tokens, room))
-    writer = _Writer(tokenizer, request, min(request.max_tokens, room), on_text)
+    limit = min(request.max_tokens, room)
+    _check_plan(engine, request, limit)
+    writer = Writer(tokenizer.detokenizer(), request.stop, request.eos_ids, limit, on_text)
     engine.target.experts.reset_counters()
     tolerance = engine.target.tolerance
     if tolerance is not None:
@@ -126,6 +134,8 @@ def generate(
             while finish is None:
                 interrupts.check()
                 rounds.append(engine.step(budget, request.tree))
+                if on_round is not None:
+                    on_round(rounds[-1])
                 finish = writer.emit(rounds[-1].tokens)
             interrupts.check()
         except KeyboardInterrupt:
@@ -192,43 +202,3 @@ def _check_plan(engine: Engine, request: Request, answer: int) -> None:
             f"the request has budget {request.budget}, memory was planned for "
             f"{engine.max_budget}: load with a larger budget"
         )
-
-
-class _Writer:
-    """Turns tokens into text until something ends it."""
-
-    def __init__(
-        self,
-        tokenizer: Tokenizer,
-        request: Request,
-        limit: int,
-        on_text: Callable[[str], None] | None,
-    ) -> None:
-        self.tokens: list[int] = []
-        self.text = ""
-        self._detokenizer = tokenizer.detokenizer()
-        self._stops = StopScanner(request.stop)
-        self._eos, self._limit, self._on_text = set(request.eos_ids), limit, on_text
-
-    def emit(self, tokens: Sequence[int]) -> str | None:
-        """Add tokens one by one; why the text ended, or None if it goes on."""
-        for token in tokens:
-            self.tokens.append(token)
-            if token in self._eos:
-                return "eos"
-            self._show(self._stops.add(self._detokenizer.add(token)))
-            if self._stops.found:
-                return "stop"
-            if len(self.tokens) == self._limit:
-                return "length"
-        return None
-
-    def flush(self) -> None:
-        """Show what was held back: half characters, and beginnings of stop strings."""
-        self._show(self._stops.add(self._detokenizer.finish()))
-        self._show(self._stops.finish())
-
-    def _show(self, text: str) -> None:
-        self.text += text
-        if text and self._on_text is not None:
-            self._on_text(text)
