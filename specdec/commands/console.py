@@ -18,9 +18,9 @@ REFRESH_SECONDS = 0.1
 
 
 def emit(text: str, end: str = "\n") -> None:
-    """Write a result to stdout, at once."""
+    """Write a result to stdout, at once and as it is: a model's text may hold escape codes."""
     try:
-        click.echo(text + end, nl=False)
+        click.echo(text + end, nl=False, color=True)  # False and None would take them out
     except BrokenPipeError as error:
         _discard(sys.stdout)
         raise OutputClosedError("standard output was closed by its reader") from error
@@ -32,7 +32,7 @@ def emit(text: str, end: str = "\n") -> None:
 def tell(text: str, end: str = "\n") -> None:
     """Write to stderr."""
     try:
-        click.echo(text + end, nl=False, err=True)
+        click.echo(text + end, nl=False, err=True, color=True)
     except OSError:  # nowhere is left to say so
         _discard(sys.stderr)
 

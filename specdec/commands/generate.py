@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from specdec.commands.console import Console, emit
+from specdec.commands.console import Console
 from specdec.commands.live import LiveLine
 from specdec.commands.options import (
     MAX_BUDGET,
@@ -17,13 +17,17 @@ from specdec.commands.options import (
     timing_option,
     tree_option,
 )
+from specdec.commands.watch import Watch, watch_options
+from specdec.commands.watch import check as check_watch
 from specdec.errors import DisagreementError, PromptError, SpecdecError
 
 if TYPE_CHECKING:
     from specdec.generation import Request, Result
     from specdec.load import Loaded
     from specdec.metrics import Memory
+    from specdec.round import Round
     from specdec.tokenizer import Tokenizer
+    from specdec.writer import Piece
 
 DEFAULT_BUDGET = 6
 WARM_UP_PROMPT, WARM_UP_TOKENS = 32, 8
@@ -58,6 +62,7 @@ def read_lines(path, encoding="utf-8"):
 @click.option("--ignore-eos", is_flag=True, help="Do not end at the model's end tokens.")
 @click.option("--compare", is_flag=True, help="Also run without speculation, and compare.")
 @click.option("--json", "json_path", metavar="FILE", help="Write all figures to FILE.")
+@watch_options
 @routing_options
 @click.option("--quiet", "-q", is_flag=True, help="Print the text, and on stderr only problems.")
 def generate(**options: Any) -> None:
@@ -71,6 +76,7 @@ def generate(**options: Any) -> None:
     from specdec.commands import session
     from specdec.generation import Request, check_prompt
     from specdec.routing_writer import RoutingWriter
+    from specdec.vocabulary import vocabulary
 
     with (
         record.JsonFile(options["json_path"]) as file,
@@ -93,13 +99,13 @@ def generate(**options: Any) -> None:
             stop=options["stop"],
             eos_ids=eos_ids,
         )
-        runs = _Runs(loaded, console)
+        runs, watch = _Runs(loaded, console), Watch(options, tokenizer, console)
         ended: BaseException | None = None
         try:
             if options["compare"]:
-                _compare(runs, request, console)
+                _compare(runs, request, console, watch)
             else:
-                runs.make("speculative" if budget > 1 else "autoregressive", request, _show)
+                runs.make("speculative" if budget > 1 else "autoregressive", request, watch)
         except (KeyboardInterrupt, SpecdecError) as error:
             ended = error  # what was done until then is told first
         memory = session.memory(loaded.plan)
@@ -108,6 +114,7 @@ def generate(**options: Any) -> None:
         if not isinstance(ended, SpecdecError):
             settings = {**options, "budget": budget}
             head = record.head("generate", settings, loaded.backend, loaded.plan, memory, warmed)
+            told["vocabulary"] = vocabulary(tokenizer, runs.results.values())
             file.write(head | {"partial": ended is not None, "prompt": text} | told)
     if ended is not None:
         raise ended
@@ -121,6 +128,7 @@ def _check(options: dict[str, Any]) -> None:
         raise click.UsageError("--prompt and --prompt-file exclude each other.")
     if options["raw"] and options["system"] is not None:
         raise click.UsageError("--system needs the chat template that --raw skips.")
+    check_watch(options)
     if "" in options["stop"]:
         raise click.UsageError("--stop must not be empty: every text would end at once.")
     if options["compare"] and options["budget"] == 1:
@@ -188,10 +196,6 @@ def _encode(
     return text, tuple(tokenizer.encode(text, add_special=False))
 
 
-def _show(text: str) -> None:
-    emit(text, end="")
-
-
 class _Runs:
     """The runs of one command, each kept under its name, whole or not."""
 
@@ -199,21 +203,23 @@ class _Runs:
         self.results: dict[str, Result] = {}
         self._loaded, self._console = loaded, console
 
-    def make(self, name: str, request: "Request", on_text: Callable[[str], None] | None) -> None:
+    def make(self, name: str, request: "Request", watch: Watch | None) -> None:
         """Run a request and keep its result; KeyboardInterrupt and SpecdecError come after.
 
-        on_text: where the text goes; None to show none.
+        watch: where the text goes; None to show none.
         """
         cache = self._loaded.engine.target.experts
-        live = LiveLine(self._console, cache, f"{name}:", request.max_tokens, on_text is not None)
+        shown = watch is not None and watch.on_terminal
+        live = LiveLine(self._console, cache, f"{name}:", request.max_tokens, shown)
 
-        def both(piece: str) -> None:
-            if on_text is not None:
-                on_text(piece)
-            live.text(piece)
+        def both(piece: "Piece") -> None:
+            if watch is not None:
+                watch.text(piece)
+            live.text()
 
+        on_round = None if watch is None else watch.on_round
         try:
-            self.results[name] = self.pass_by(name, request, both)
+            self.results[name] = self.pass_by(name, request, both, on_round)
         except SpecdecError as error:
             if error.result is not None:
                 self.results[name] = error.result
@@ -224,16 +230,21 @@ class _Runs:
             raise KeyboardInterrupt
 
     def pass_by(
-        self, name: str, request: "Request", on_text: Callable[[str], None] | None
+        self,
+        name: str,
+        request: "Request",
+        on_text: "Callable[[Piece], None] | None" = None,
+        on_round: "Callable[[Round], None] | None" = None,
     ) -> "Result":
         """Run a request and keep nothing."""
         from specdec.generation import generate as run
 
         progress = self._console.progress(f"{name} prompt:")
-        return run(self._loaded.engine, self._loaded.tokenizer, request, on_text, progress)
+        engine, tokenizer = self._loaded.engine, self._loaded.tokenizer
+        return run(engine, tokenizer, request, on_text, progress, on_round)
 
 
-def _compare(runs: _Runs, request: "Request", console: Console) -> None:
+def _compare(runs: _Runs, request: "Request", console: Console, watch: Watch) -> None:
     """Warm up both ways, then run plain and speculative; only the latter is shown."""
     plain = replace(request, budget=1)
     console.say("order: a short warm-up, autoregressive, speculative")
@@ -243,10 +254,10 @@ def _compare(runs: _Runs, request: "Request", console: Console) -> None:
             prompt_tokens=one.prompt_tokens[:WARM_UP_PROMPT],
             max_tokens=min(WARM_UP_TOKENS, one.max_tokens),  # the plan holds for no more
         )
-        if runs.pass_by("warm-up", short, None).finish == "interrupted":
+        if runs.pass_by("warm-up", short).finish == "interrupted":
             raise KeyboardInterrupt
     runs.make("autoregressive", plain, None)
-    runs.make("speculative", request, _show)
+    runs.make("speculative", request, watch)
 
 
 def _tell(results: "dict[str, Result]", memory: "Memory", console: Console) -> dict[str, Any]:

@@ -1,6 +1,5 @@
 """LiveLine: how a run is going, on one line of a terminal, redrawn as text comes."""
 
-import sys
 from time import perf_counter
 from typing import TYPE_CHECKING, Protocol
 
@@ -21,17 +20,16 @@ class Traffic(Protocol):
 
 class LiveLine:
     """Tokens, speed, hit rate of the slots and bytes read. Silent where stderr is no terminal,
-    with --quiet, and where the text itself runs over the same terminal (`shown`)."""
+    with --quiet, and where what is `shown` runs over the same terminal."""
 
     def __init__(
         self, console: Console, cache: Traffic, label: str, total: int, shown: bool
     ) -> None:
-        own = not (shown and sys.stdout.isatty())
-        self._line = console.line() if own else None
+        self._line = None if shown else console.line()
         self._cache, self._label, self._total = cache, label, total
         self._pieces, self._start = 0, 0.0
 
-    def text(self, piece: str) -> None:
+    def text(self) -> None:
         """A piece of text came, about a token."""
         self._pieces += 1
         if self._pieces == 1:

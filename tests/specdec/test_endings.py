@@ -243,10 +243,11 @@ def test_an_error_brings_what_was_done_until_then(pair, monkeypatch):
     seen = 0
     for after in (0, reads // 2, 3 * reads // 4):
         shown: list[str] = []
+        keep = shown.append
         with monkeypatch.context() as patch:
             failing_reads(patch, after)
             with pytest.raises(ExpertReadError, match="Input/output error") as caught:
-                run_generation(loaded.engine, loaded.tokenizer, request, shown.append)
+                run_generation(loaded.engine, loaded.tokenizer, request, lambda one: keep(one.text))
         part = caught.value.result
         assert part is not None
         assert part.finish == "error"

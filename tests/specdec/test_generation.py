@@ -19,6 +19,7 @@ from specdec.generation import Request, generate
 from specdec.round import PhaseSeconds, Prefill, Round
 from specdec.tokenizer import Tokenizer
 from specdec.tree.build import KINDS
+from specdec.writer import Piece
 from tests.backends import each_backend
 from tests.cheating import CheatingDraft
 from tests.checkpoints import write_checkpoint, write_tokenizer
@@ -73,7 +74,9 @@ def run(tokenizer, tokens, sizes=(1,), interrupt=None, context=1000, **request):
     engine: Any = Script(tokens, sizes, interrupt, context)
     pieces: list[str] = []
     request = {"prompt_tokens": PROMPT, "max_tokens": len(tokens), "eos_ids": (EOS,), **request}
-    result = generate(engine, tokenizer, Request(**request), pieces.append)
+    result = generate(
+        engine, tokenizer, Request(**request), lambda piece: pieces.append(piece.text)
+    )
     assert "".join(pieces) == result.text
     assert all(pieces)
     return result, pieces
@@ -201,8 +204,8 @@ def test_an_interrupt_keeps_what_was_emitted(tokenizer, interrupt):
 def test_an_interrupt_while_text_is_shown(tokenizer):
     shown: list[str] = []
 
-    def show(text: str) -> None:
-        shown.append(text)
+    def show(piece: Piece) -> None:
+        shown.append(piece.text)
         if len(shown) == 4:
             raise KeyboardInterrupt
 

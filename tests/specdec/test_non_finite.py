@@ -40,7 +40,7 @@ def test_nan_amid_a_text_is_an_error_and_no_end(budget, backend, tmp_path):
         pieces: list[str] = []
         request = Request(PROMPT, budget, max_tokens=30)
         with pytest.raises(NonFiniteError, match="token embeddings"):
-            generate(engine, tokenizer, request, pieces.append)
+            generate(engine, tokenizer, request, lambda piece: pieces.append(piece.text))
         assert intact.text.startswith("".join(pieces))
         shorter = Request(PROMPT, 1, max_tokens=5)
         assert generate(engine, tokenizer, shorter).tokens == intact.tokens[:5]
