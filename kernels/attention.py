@@ -49,6 +49,11 @@ class AttentionLayout:
     tree: TreeLayout
     length: int
 
+    @cached_property
+    def on_device(self) -> dict[str, mx.array]:
+        """What an executor made of this layout for its kernels, by names of its own."""
+        return {}
+
     @property
     def base(self) -> int:
         """The committed tokens in whole blocks."""

@@ -107,6 +107,11 @@ class TreeLayout:
         return windows
 
     @cached_property
+    def on_device(self) -> dict[str, mx.array]:
+        """What an executor made of this tree for its kernels, by names of its own."""
+        return {}
+
+    @cached_property
     def _windows(self) -> dict[int, np.ndarray]:
         return {}
 

@@ -7,7 +7,6 @@ tree has to give each row the bits that decoding it alone would give.
 from typing import NamedTuple
 
 import mlx.core as mx
-import numpy as np
 
 from specdec.kernels.array import Array, evaluate
 from specdec.kernels.executor import operation
@@ -83,9 +82,9 @@ class Projections:
 
 
 @operation(decides=1)
-def embed(ids: np.ndarray, weight: Weight) -> Array:
+def embed(ids: Array, weight: Weight) -> Array:
     """Rows of the embedding: ids int32 [rows] -> [rows, hidden] in the weight's float dtype."""
-    index = mx.array(np.asarray(ids))
+    index = mx.array(ids)
     if weight.scales is None or weight.biases is None:
         return weight.data[index]
     return mx.dequantize(

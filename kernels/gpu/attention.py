@@ -5,7 +5,7 @@ order. So its bits depend neither on the other rows, nor on where its keys lie i
 the work is cut into threadgroups.
 """
 
-from functools import cache, lru_cache
+from functools import cache
 from typing import NamedTuple
 
 import mlx.core as mx
@@ -125,12 +125,12 @@ def tree_attention(
     gate: Piece | None = None,
 ) -> mx.array:
     """Softmax attention of each row over its keys, gated: T [rows, heads * dim]."""
-    tree, blocks = _on_device(layout)
+    tree = paths(layout)
     split, merge, factor, start = _attention(
         queries.shape,
         keys.shape[0],
         (queries.dtype, keys.dtype, values.dtype),
-        blocks,
+        block_count(layout),
         scale,
         None if gate is None else (gate.rows.dtype, gate.start),
     )
@@ -189,17 +189,25 @@ def heads_together(group: int, others: int) -> int:
     return max(fitting, default=1)
 
 
-# Every layer of a verify pass asks for the same layout, and the one before is soon forgotten.
-@lru_cache(maxsize=2)
-def _on_device(layout: AttentionLayout) -> tuple[mx.array, int]:
-    """int32 [rows, *]: each row's position, the committed length, its path; blocks to launch."""
-    paths, length = layout.tree.paths, layout.length
-    # 8 columns at least, so that it never lies in Metal's constant space: one kernel for all
-    table = np.full((len(paths), max(8, 2 + paths.shape[1])), -1, np.int32)
-    table[:, 0] = length + layout.tree.depths
-    table[:, 1] = length
-    table[:, 2 : 2 + paths.shape[1]] = paths
-    return mx.array(table), rounded((length + paths.shape[1] - 1) // POSITIONS + 1)
+def paths(layout: AttentionLayout) -> mx.array:
+    """int32 [rows, *]: each row's position, the committed length, its path; kept with the layout.
+
+    As wide for every tree of so many rows, and 8 columns at least, so that it never lies in Metal's
+    constant space: one kernel for all.
+    """
+    if "paths" not in layout.on_device:
+        rows, found = layout.tree.rows, layout.tree.paths
+        table = np.full((rows, max(8, 2 + rows)), -1, np.int32)
+        table[:, 0] = layout.length + layout.tree.depths
+        table[:, 1] = layout.length
+        table[:, 2 : 2 + found.shape[1]] = found
+        layout.on_device["paths"] = mx.array(table)
+    return layout.on_device["paths"]
+
+
+def block_count(layout: AttentionLayout) -> int:
+    """Blocks to launch: the same for every tree of so many rows behind so many tokens."""
+    return rounded((layout.length + layout.tree.rows - 1) // POSITIONS + 1)
 
 
 def rounded(blocks: int) -> int:

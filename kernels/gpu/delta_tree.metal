@@ -3,11 +3,11 @@
 // the norms of queries and keys, the recurrence, each simdgroup with VALUES rows of the state in
 // registers, and the output norm. A row's operations are the same in every tree, wherever it stands.
 //
-// qkv, z, b, a T [rows, ...]: pieces that begin at columns program[0..3], of `channels` (queries, keys,
+// qkv, z, b, a T [rows, ...]: pieces that begin at columns starts[0..3], of `channels` (queries, keys,
 // values), heads * VALUE_DIM, heads and heads columns. conv_weight T [TAPS, channels]; a_log, dt_bias
 // float [heads]; norm_weight T [VALUE_DIM]; eps float [1]; conv T [TAPS - 1, channels], committed;
 // state float [heads, VALUE_DIM, KEY_DIM], committed. heads / REPEATS key heads.
-// program int [5 + steps * (4 + TAPS)]: the columns, the number of steps, and for each its row, the
+// program int [1 + steps * (4 + TAPS)]: the number of steps, and for each its row, the
 // slot with the state it begins with (-1: the state at hand), the slot to keep its state in or -1,
 // whether nothing follows it, and its window.
 // -> y T [rows, heads * VALUE_DIM], and if SINGLE, after the only row,
@@ -45,11 +45,11 @@ uint state_at = head * head_size + simdgroup * VALUES * KEY_DIM;
 float s[VALUES * EACH];
 delta_load<VALUES, KEY_DIM>(s, state + state_at, lane);
 uint stride = qkv_shape[1];
-int steps = SINGLE ? 1 : program[4];
+int steps = SINGLE ? 1 : program[0];
 
 for (int first = 0; first < steps; first += CHUNK) {
   int count = SINGLE ? 1 : metal::min(CHUNK, steps - first);
-  auto chunk = program + 5 + first * (4 + TAPS);
+  auto chunk = program + 1 + first * (4 + TAPS);
   for (int block = simdgroup; block < ROW / 32; block += SIMDGROUPS) {
     if (block < GATES_AT / 32) {
       bool key = block < VALUES_AT / 32;
@@ -58,7 +58,7 @@ for (int first = 0; first < steps; first += CHUNK) {
       uint channel = key ? block / EACH * key_columns + head / REPEATS * KEY_DIM + within
                          : 2 * key_columns + head * VALUE_DIM + within;
       channel = inside ? channel : 0;
-      auto x = qkv + program[0] + channel;
+      auto x = qkv + starts[0] + channel;
       auto before = conv + channel;
       float weight[TAPS];
 #pragma unroll
@@ -106,7 +106,7 @@ for (int first = 0; first < steps; first += CHUNK) {
 #pragma unroll 4
       for (int i = 0; i < count; ++i) {
         uint row = SINGLE ? 0 : chunk[i * (4 + TAPS)];
-        float gate = float(z[row * z_shape[1] + program[1] + head * VALUE_DIM + value]);
+        float gate = float(z[row * z_shape[1] + starts[1] + head * VALUE_DIM + value]);
         staged[i * ROW + 32 * block + lane] = inside ? delta_silu(gate) * weight : 0.0f;
       }
     }
@@ -114,10 +114,10 @@ for (int first = 0; first < steps; first += CHUNK) {
   if (simdgroup == SIMDGROUPS - 1 && int(lane) < count) {
     auto step = chunk + lane * (4 + TAPS);
     uint row = SINGLE ? 0 : step[0];
-    float change = delta_softplus(float(a[row * a_shape[1] + program[3] + head]) + dt_bias[head]);
+    float change = delta_softplus(float(a[row * a_shape[1] + starts[3] + head]) + dt_bias[head]);
     float decay = metal::exp(-metal::exp(a_log[head]) * change);
     decays[lane] = decay;
-    betas[lane] = 1.0f / (1.0f + metal::exp(-float(b[row * b_shape[1] + program[2] + head])));
+    betas[lane] = 1.0f / (1.0f + metal::exp(-float(b[row * b_shape[1] + starts[2] + head])));
     if (!SINGLE) {
       record[row * record_width + value_columns + key_columns + head] = R(decay);
       for (int i = 0; i < 4; ++i) {

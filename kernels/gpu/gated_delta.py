@@ -11,7 +11,7 @@ import mlx.core as mx
 from specdec.kernels.gated_delta import DeltaInputs, DeltaWeights, Tape
 from specdec.kernels.gpu.kernel import Launch, MetalKernel
 from specdec.kernels.gpu.limits import FLOATS, MAX_ROWS, Unsupported
-from specdec.kernels.gpu.tree_program import lone_root, tree_program
+from specdec.kernels.gpu.tree_program import tree_program
 from specdec.kernels.layout import TreeLayout
 
 SIMDGROUPS = 16  # of a threadgroup, at most
@@ -33,6 +33,7 @@ TREE = MetalKernel(
         "eps",
         "conv",
         "state",
+        "starts",
         "program",
     ),
     outputs=("y", "record", "states"),
@@ -58,12 +59,10 @@ def mix_tree(
 ) -> tuple[mx.array, Tape]:
     """y [rows, heads * value_dim], and the tape."""
     qkv, z, b, a = inputs
-    starts = qkv.start, z.start, b.start, a.start
+    starts = _starts(qkv.start, z.start, b.start, a.start)
     rows, taps = tree.rows, weights.conv.shape[0]
-    if rows == 1:
-        slots, program = 0, lone_root(starts)
-    else:
-        slots, program = tree_program(tree, taps, starts)
+    # a lone root has no program, and its place is taken by any array
+    slots, program = tree_program(tree, taps) if rows > 1 else (0, starts)
     launch = _tree_launch(
         qkv.rows.dtype,
         conv.dtype,
@@ -88,6 +87,7 @@ def mix_tree(
         weights.norm.on_device,
         conv,
         state,
+        starts,
         program,
     )
     if rows == 1:
@@ -126,6 +126,12 @@ def replay(
         next_convs += found[: 2 * len(layers) : 2]
         next_states += found[1 : 2 * len(layers) : 2]
     return next_convs, next_states
+
+
+@cache
+def _starts(*columns: int) -> mx.array:
+    """Where in their rows the pieces begin."""
+    return mx.array(columns, mx.int32)
 
 
 @cache

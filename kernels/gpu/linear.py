@@ -8,6 +8,7 @@ from functools import cache
 import mlx.core as mx
 import numpy as np
 
+from specdec.kernels.array import Array, is_numpy
 from specdec.kernels.gpu.kernel import Launch, MetalKernel
 from specdec.kernels.gpu.limits import FLOATS, GROUPS, MAX_ROWS, PACKED, Unsupported
 from specdec.kernels.norm import Norm
@@ -55,13 +56,15 @@ def linear(
     return out
 
 
-def embed(ids: np.ndarray, weight: Weight) -> mx.array:
+def embed(ids: Array, weight: Weight) -> mx.array:
     """ids int32 [rows] -> T [rows, hidden], T the dtype of the weight's floats."""
     data, scales, biases = weight.data, weight.scales, weight.biases
     if scales is None:
         scales = biases = data
     launch = _embed(len(ids), data.shape, scales.dtype, weight.bits, weight.group_size)
-    (out,) = launch(mx.array(np.asarray(ids, np.int32)), data, scales, biases)
+    if is_numpy(ids):
+        ids = mx.array(ids.astype(np.int32))
+    (out,) = launch(ids, data, scales, biases)
     return out
 
 

@@ -27,27 +27,24 @@ class Step(NamedTuple):
 
 
 class TreeProgram(NamedTuple):
-    """numbers: int32 [number of starts + 1 + rows * (4 + taps)], as delta_tree.metal says."""
+    """numbers: int32 [1 + rows * (4 + taps)], as delta_tree.metal says."""
 
     slots: int
     numbers: mx.array
 
 
-@lru_cache(
-    maxsize=16
-)  # trees are compared by identity: one entry per verify pass and kind of layer
-def tree_program(tree: TreeLayout, taps: int, starts: tuple[int, ...]) -> TreeProgram:
-    walk = steps(tree.parents.tolist())
-    table = np.array(walk, np.int32)
-    table = np.concatenate([table, tree.windows(taps)[table[:, 0]]], axis=1)
-    numbers = np.concatenate([np.array([*starts, len(walk)], np.int32), table.ravel()])
-    return TreeProgram(int(table[:, 2].max()) + 1, mx.array(numbers))
+def tree_program(tree: TreeLayout, taps: int) -> TreeProgram:
+    """Made once for a tree, and kept with it."""
+    walk, name = _walk(tree), f"program of {taps} taps"
+    if name not in tree.on_device:
+        table = np.concatenate([walk, tree.windows(taps)[walk[:, 0]]], axis=1)
+        tree.on_device[name] = mx.array(np.append(np.int32(len(walk)), table.ravel()))
+    return TreeProgram(int(walk[:, 2].max()) + 1, tree.on_device[name])
 
 
-@lru_cache(maxsize=16)
-def lone_root(starts: tuple[int, ...]) -> mx.array:
-    """The numbers of a tree of one row, which has nothing to say but the starts."""
-    return mx.array(starts, mx.int32)
+@lru_cache(maxsize=4)  # trees are compared by identity
+def _walk(tree: TreeLayout) -> np.ndarray:
+    return np.array(steps(tree.parents.tolist()), np.int32)
 
 
 def steps(parents: list[int]) -> list[Step]:

@@ -46,10 +46,8 @@ def with_choices(together=None, more_blocks=0):
             rounded = gpu.rounded
             patch.setattr(gpu, "rounded", lambda blocks: rounded(blocks) + more_blocks)
         gpu._attention.cache_clear()
-        gpu._on_device.cache_clear()
         yield
     gpu._attention.cache_clear()
-    gpu._on_device.cache_clear()
 
 
 # ---- the inputs

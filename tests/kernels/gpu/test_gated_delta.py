@@ -272,7 +272,7 @@ def test_cuda_compiles_and_its_registers_suffice(alone, tmp_path):
     record = dtype if alone else mx.float32
     template = {"T": dtype, "R": record, "SINGLE": alone, "VALUES": 8, **shape}
     floats = [mx.float32] * 2
-    inputs = [*[dtype] * 5, *floats, dtype, mx.float32, dtype, mx.float32, mx.int32]
+    inputs = [*[dtype] * 5, *floats, dtype, mx.float32, dtype, mx.float32, mx.int32, mx.int32]
     assert (
         compiled(cuda_source(TREE, inputs, [dtype, record, mx.float32], template), tmp_path) <= 128
     )
