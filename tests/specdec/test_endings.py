@@ -17,6 +17,7 @@ from specdec.errors import ExpertReadError, SpecdecError
 from specdec.generation import Request
 from specdec.generation import generate as run_generation
 from specdec.load import Settings, load
+from specdec.writer import Piece
 from tests.commands import PROMPT, generate, process, run
 from tests.pairs import write_pair
 
@@ -242,18 +243,17 @@ def test_an_error_brings_what_was_done_until_then(pair, monkeypatch):
     reads = loaded.engine.target.experts.reads().reads
     seen = 0
     for after in (0, reads // 2, 3 * reads // 4):
-        shown: list[str] = []
-        keep = shown.append
+        shown: list[Piece] = []
         with monkeypatch.context() as patch:
             failing_reads(patch, after)
             with pytest.raises(ExpertReadError, match="Input/output error") as caught:
-                run_generation(loaded.engine, loaded.tokenizer, request, lambda one: keep(one.text))
+                run_generation(loaded.engine, loaded.tokenizer, request, shown.append)
         part = caught.value.result
         assert part is not None
         assert part.finish == "error"
         assert part.tokens == whole.tokens[: len(part.tokens)]
         assert len(part.tokens) < len(whole.tokens)
-        assert "".join(shown) == part.text
+        assert "".join(piece.text for piece in shown) == part.text
         seen = max(seen, len(part.rounds))
         again = run_generation(loaded.engine, loaded.tokenizer, request)
         assert again.tokens == whole.tokens
