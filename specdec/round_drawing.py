@@ -68,9 +68,12 @@ def draw(one: Round, number: int, token_bytes: Callable[[int], bytes]) -> list[L
 
 def quoted(data: bytes) -> str:
     """A token in quotation marks on one line: control characters and half characters escaped."""
-    text = data.decode(errors="backslashreplace")
-    shown = "".join(
-        one if one.isprintable() and one != '"' else one.encode("unicode_escape").decode()
-        for one in text
-    )
-    return '"' + shown.replace('"', '\\"') + '"'
+    return '"' + "".join(map(_shown, data.decode(errors="surrogateescape"))) + '"'
+
+
+def _shown(one: str) -> str:
+    if one in '"\\':
+        return "\\" + one
+    if "\udc80" <= one <= "\udcff":  # a byte that is no character by itself
+        return f"\\x{ord(one) - 0xDC00:02x}"
+    return one if one.isprintable() else one.encode("unicode_escape").decode()
