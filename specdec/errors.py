@@ -52,6 +52,14 @@ class PromptError(SpecdecError):
     """The prompt is empty, too long for the model, or its template is unusable."""
 
 
+class PeerError(SpecdecError):
+    """Another engine that is to be compared with is not installed or cannot load the model."""
+
+
+class ResumeError(SpecdecError):
+    """A file of earlier runs cannot be read, or was made under other conditions."""
+
+
 class DisagreementError(SpecdecError):
     """Two runs that must emit the same tokens did not: a bug in this engine, never bad input."""
 
