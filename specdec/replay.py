@@ -12,6 +12,8 @@ from typing import Any, TypeVar, cast
 
 import numpy as np
 
+from specdec.target.admission import portion
+
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
@@ -22,6 +24,9 @@ def _jit(function: Function) -> Function:
     except ImportError:
         return function
     return cast(Function, njit(function, cache=True))
+
+
+_portion = _jit(portion)
 
 
 @_jit
@@ -107,11 +112,7 @@ def lru(asks, starts, uses, use_starts, experts, slots, quota):  # type: ignore[
         hits[layer] += last - first - many
         free_own = held[layer] - (last - first - many)
         room = _room(layer, slots, held, quota, free_own)
-        # What does not fit beside hits fills the room; without hits half of it, so that the other
-        # half is read while the first is computed with.
-        begun = min(many, room)
-        if many > room and last - first == many:
-            begun = (room + 1) // 2
+        begun = _portion(many, room, last - first - many)
         _reserve(layer, begun, experts, slots, held, quota, full, live, following, before)
         for at in range(first, last):
             live[layer * experts + asks[at, 2]] = False
@@ -121,7 +122,7 @@ def lru(asks, starts, uses, use_starts, experts, slots, quota):  # type: ignore[
             if begun < many:
                 free_own = held[layer] - (begun - filled)
                 room = _room(layer, slots, held, quota, free_own)
-                more = min(room, many - begun)
+                more = _portion(many - begun, room, begun - filled)
                 _reserve(layer, more, experts, slots, held, quota, full, live, following, before)
             for at in range(filled, begun):
                 _append(missing[at], following, before)

@@ -13,6 +13,7 @@ import numpy as np
 from specdec import replay
 from specdec.errors import PlanError
 from specdec.ratio import ratio
+from specdec.target.admission import Admission, Load
 from specdec.target.pins import pinned_layers, share_slots
 from specdec.target.policy import make_policy
 from specdec.target.quotas import protected_layers, quotas, union
@@ -207,6 +208,7 @@ def replay_table(
     """As replay.lru, with any policy, by the cache's own bookkeeping."""
     layers = len(quota)
     table = SlotTable(slots, experts, dict(enumerate(quota.tolist())), make_policy(policy, slots))
+    admission = Admission(table, Instant(table))
     hits, misses = np.zeros(layers, np.int64), np.zeros(layers, np.int64)
     told = 0
     for first, last in pairwise(starts):
@@ -214,27 +216,37 @@ def replay_table(
         while told < now:
             _tell(table, uses[use_starts[told] : use_starts[told + 1]])
             told += 1
-        needed = asks[first:last, 2]
-        places = table.places(layer)[needed]
-        missing = needed[places < 0]
-        hits[layer] += len(needed) - len(missing)
-        misses[layer] += len(missing)
-        _load(table, layer, missing, places[places >= 0])
+        asked = admission.ask(layer, asks[first:last, 2].astype(np.int32))
+        hits[layer] += len(asked.hits)
+        misses[layer] += len(asked.missing)
+        for _ in admission.waves(asked):
+            pass
     return hits, misses
 
 
-def _load(table: SlotTable, layer: int, missing: np.ndarray, live: np.ndarray) -> None:
-    """Slots for what is missing, in the order in which ExpertCache.waves takes them."""
-    room = table.room(layer, live)
-    count = room if len(live) or len(missing) <= room else -(-room // 2)
-    now, rest = missing[:count], missing[count:]
-    slots = table.reserve(layer, now, live)
-    while len(now) or len(rest):
-        following = rest[: table.room(layer, slots)] if len(rest) else rest
-        rest = rest[len(following) :]
-        taken = table.reserve(layer, following, slots)
-        table.fill(slots)
-        now, slots = following, taken
+class Instant:
+    """A Loader whose disk takes no time."""
+
+    def __init__(self, table: SlotTable) -> None:
+        self.table = table
+
+    def begin(self, layer: int, experts: np.ndarray, live: np.ndarray) -> Load:
+        return Load(layer, experts, slots=self.table.reserve(layer, experts, live))
+
+    def finish(self, load: Load) -> None:
+        self.table.fill(load.slots)
+
+    def ahead(self, layer: int, experts: np.ndarray, live: np.ndarray, chance: float) -> None:
+        self.table.fill(self.table.reserve(layer, experts, live, chance), early=True)
+
+    def early(self) -> list[Load]:
+        return []
+
+    def hurry(self, load: Load) -> None:
+        raise AssertionError("nothing is ever under way")
+
+    def drop(self, load: Load, begun: bool = True) -> None:
+        raise AssertionError("nothing is ever under way")
 
 
 def _tell(table: SlotTable, used: np.ndarray) -> None:

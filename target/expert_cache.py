@@ -3,7 +3,8 @@
 A layer asks for the experts its rows need with `waves`, which begins to read all missing ones at
 once and hands out those that are there meanwhile. Experts of a live wave are never evicted. What
 committed rows used is told by `touch`, which commit calls: a verify pass that is thrown away, or a
-row that is rejected, is no use. `prefetch` loads ahead of any asking.
+row that is rejected, is no use. `prefetch` loads ahead of any asking. Who gets a slot and when is
+decided in target/admission.py.
 
 Layers whose experts differ in shape or packing cannot share slots; each kind gets its own group.
 """
@@ -17,9 +18,10 @@ import numpy as np
 
 from specdec.kernels.array import Array
 from specdec.kernels.experts import ExpertWeights
+from specdec.target.admission import Admission
 from specdec.target.expert_bank import ExpertBank
 from specdec.target.expert_counters import LayerCounters, PinnedHits
-from specdec.target.expert_loads import ExpertLoads, Group, Load
+from specdec.target.expert_loads import ExpertLoads, Group
 from specdec.target.expert_reader import ExpertReader, ReadCounters
 from specdec.target.pins import share_slots
 from specdec.target.policy import make_policy
@@ -29,7 +31,7 @@ from specdec.target.store import Store
 from specdec.target.streaming import Streaming
 
 PROGRESS_SECONDS = 0.1
-_NONE = np.zeros(0, np.int32)
+LIKELY = 0.5  # the chance of a guess about which nothing is known
 
 
 class Wave(NamedTuple):
@@ -91,7 +93,8 @@ class ExpertCache:
         self._reader = ExpertReader(store.files, how.queue_depth, how.direct)
         self._counters = {i: LayerCounters(i, i in self._pinned) for i in store.layers}
         self._loads = ExpertLoads(store, self._reader, self._groups, self._counters)
-        self._live: tuple[Group | None, np.ndarray] = None, _NONE
+        admissions = {id(table): Admission(table, self._loads) for table in self._tables}
+        self._admissions = {i: admissions[id(g.table)] for i, g in self._groups.items()}
         # Told of each request before its reads begin: layer, experts asked for, those missing.
         self.observers: list[Callable[[int, np.ndarray, np.ndarray], None]] = []
         self.reset_counters()
@@ -134,7 +137,8 @@ class ExpertCache:
         experts: int [n], ids; repeated ids count once. Reads of all missing experts, or of as many
         as the slots hold, are submitted together and before the first wave is handed out; when the
         slots do not hold them all at once there are more waves, each read while the one before is
-        computed.
+        computed. The first wave has no experts where none were there: time to compute what needs
+        none.
         Everything that used the cache must be evaluated before this is called, and a fleeting wave
         before the next one is taken. ExpertReadError when a read fails: the experts that were to
         be loaded are then absent, everything else is as it was, and asking again is allowed.
@@ -150,40 +154,35 @@ class ExpertCache:
             return
         self._loads.recover()
         self._loads.collect()
-        held = self._groups[layer].table
-        slots = held.places(layer)[needed]
-        there = held.full(slots)
-        hits, coming, missing = needed[there], needed[~there & (slots >= 0)], needed[slots < 0]
-        counters.hits += len(hits)
-        counters.misses += len(needed) - len(hits)
-        counters.early_hits += held.asked(layer, needed) + len(coming)
+        admission = self._admissions[layer]
+        asked = admission.ask(layer, needed)
+        counters.hits += len(asked.hits)
+        counters.misses += len(needed) - len(asked.hits)
+        counters.early_hits += asked.early
         for observer in self.observers:
-            observer(layer, needed, missing)
-        early = [load for load in self._loads.early(layer) if np.isin(load.experts, coming).any()]
-        for load in early:
-            self._loads.hurry(load)
-        yield from self._waves(layer, hits, coming, missing, early)
+            observer(layer, needed, asked.missing)
+        for ids, fleeting in admission.waves(asked):
+            table = np.full(self.store.num_experts, -1, np.int32)
+            table[ids] = self._groups[layer].table.places(layer)[ids]
+            yield Wave(self.bank(layer), table, ids, fleeting)
 
-    def prefetch(self, layer: int, experts: np.ndarray) -> int:
-        """Begin to load experts that may be asked for soon; the bytes that will be read.
+    def prefetch(
+        self, layer: int, experts: np.ndarray, chance: float = LIKELY, most: int | None = None
+    ) -> np.ndarray:
+        """Begin to load experts that may be asked for soon, the likeliest first; those begun.
 
-        They go to empty slots and to those that the policy would clear first, quotas respected,
-        never to slots of the request before; as many as there is room for, the first of `experts`
-        first. Reads wait until nothing urgent does. They count as used only when a committed row
-        uses them, and stay until their layer has asked once.
+        They go to empty slots and to those that the policy would clear first, quotas respected;
+        never to slots of the request before, nor of other guesses, nor of experts as likely to be
+        asked for next (target/slots.py). chance: that one of these is. At most `most` of them.
+        Reads wait until nothing urgent does. They count as used only when a committed row uses
+        them, and stay until their layer has asked once. One that cannot be read is not there.
         """
         if layer in self._pinned:
-            return 0
+            return np.zeros(0, np.int32)
         self._loads.recover()
         self._loads.collect()
-        group = self._groups[layer]
-        ids = np.array(list(dict.fromkeys(np.asarray(experts).tolist())), np.int32)
-        ids = ids[group.table.places(layer)[ids] < 0]
-        live = self._live[1] if self._live[0] is group else _NONE
-        ids = np.sort(ids[: group.table.room(layer, live)])
-        self._loads.begin(layer, ids, live, early=True)
-        self._counters[layer].early += len(ids)
-        return len(ids) * self.store.geometry(layer).bytes_on_disk
+        most = self.store.num_experts if most is None else most
+        return self._admissions[layer].ahead(layer, experts, chance, most)
 
     def resident(self, layer: int) -> np.ndarray:
         """Ids of the layer's experts that are in memory, int32, ascending."""
@@ -212,7 +211,10 @@ class ExpertCache:
         for table in self._tables:
             for layer, count in table.evictions.items():
                 self._counters[layer].evictions = count
-        return tuple(replace(one) for one in self._counters.values())
+        return tuple(
+            replace(one, wasted_bytes=one.wasted_bytes + self._left_unused(one.layer))
+            for one in self._counters.values()
+        )
 
     def slot_requests(self) -> tuple[int, int]:
         """Hits and misses of all unpinned layers so far."""
@@ -236,68 +238,15 @@ class ExpertCache:
             vars(counters).update(vars(LayerCounters(layer, layer in self._pinned)))
         for table in self._tables:
             table.evictions = dict.fromkeys(table.layers, 0)
+            table.unused = dict.fromkeys(table.layers, 0)
         self._reader.reset_counters()
 
-    def _waves(
-        self,
-        layer: int,
-        hits: np.ndarray,
-        coming: np.ndarray,
-        missing: np.ndarray,
-        early: list[Load],
-    ) -> Iterator[Wave]:
-        """hits: to be handed out at once. coming: what the early loads bring. missing: to read."""
-        live = self._slots(layer, hits, coming)
-        fits = len(missing) <= self._room(layer, live)
-        load, rest = self._begin(layer, missing, live, fits)
-        if len(hits) or not len(coming) + len(missing):
-            yield self._wave(layer, hits, fleeting=not fits)
-        for one in early:
-            self._loads.finish(one)
-        while len(load.experts) or len(coming) or len(rest):
-            following = Load(layer, _NONE)
-            if len(rest):
-                live = self._slots(layer, coming, load.experts)
-                following, rest = self._begin(layer, rest, live, not len(live))
-            self._loads.finish(load)
-            wave = np.union1d(coming, load.experts)
-            if len(wave):
-                more = len(rest) + len(following.experts) > 0
-                yield self._wave(layer, wave, fleeting=more)
-            load, coming = following, _NONE
-
-    def _begin(
-        self, layer: int, missing: np.ndarray, live: np.ndarray, whole: bool
-    ) -> tuple[Load, np.ndarray]:
-        """Begin to load what there is room for beside the live slots: the load, and what is left.
-
-        whole: that all of it fits. Otherwise half of the room is left for the load after this one,
-        which is read while this one is computed with.
-        """
-        room = self._room(layer, live)
-        count = room if whole or len(live) else -(-room // 2)
-        load = self._loads.begin(layer, missing[:count], live)
-        self._live = self._groups[layer], np.concatenate([live, load.slots])
-        return load, missing[count:]
-
-    def _room(self, layer: int, live: np.ndarray) -> int:
-        """Room beside the live slots; early loads make way where there would be none at all."""
-        table = self._groups[layer].table
-        room = table.room(layer, live)
-        if room == 0 and not len(live):
-            for load in self._loads.early():
-                self._loads.drop(load)
-            room = table.room(layer, live)
-            assert room > 0
-        return room
-
-    def _slots(self, layer: int, *experts: np.ndarray) -> np.ndarray:
-        return self._groups[layer].table.places(layer)[np.concatenate(experts)]
-
-    def _wave(self, layer: int, experts: np.ndarray, fleeting: bool) -> Wave:
-        table = np.full(self.store.num_experts, -1, np.int32)
-        table[experts] = self._slots(layer, experts)
-        return Wave(self.bank(layer), table, experts.astype(np.int32), fleeting)
+    def _left_unused(self, layer: int) -> int:
+        """Bytes of experts that were loaded ahead and evicted before anybody asked for them."""
+        if layer in self._pinned:
+            return 0
+        unused = self._groups[layer].table.unused[layer]
+        return unused * self.store.geometry(layer).bytes_on_disk
 
     def _count_pinned(self) -> None:
         for layer, count in self._pinned_hits.take():

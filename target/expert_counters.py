@@ -20,8 +20,11 @@ class LayerCounters:
     evictions: experts of this layer that had to leave their slots.
     stall_seconds: time in which the forward pass waited for this layer's reads.
     passes: calls of `waves`. synchronizations: times the host waited for results of this layer.
-    early, early_hits: experts loaded by `prefetch`, and how many of them a pass then asked for;
-        an early hit is a hit when its read was over, and a miss when the pass had to wait for it.
+    early: experts that were begun to be read ahead of any asking (`prefetch`). early_hits: those of
+        them that were there when first asked for, late: those still being read then, which count
+        as misses. failed: those that could not be read, which are read again when asked for.
+    early_bytes: bytes read ahead, part of bytes_read. wasted_bytes: those of them that were given
+        up, failed, or left their slots without having been asked for.
     """
 
     layer: int
@@ -35,6 +38,10 @@ class LayerCounters:
     synchronizations: int = 0
     early: int = 0
     early_hits: int = 0
+    late: int = 0
+    failed: int = 0
+    early_bytes: int = 0
+    wasted_bytes: int = 0
 
 
 class PinnedHits:

@@ -1,20 +1,23 @@
-"""ExpertLoads: experts on their way from disk into the slots of a bank.
+"""ExpertLoads: experts on their way from disk into the slots of a bank, as Admission decides.
 
 `begin` reserves slots and submits one request for all of them, `finish` waits for it and only then
 calls the slots full. Whatever ends a pass between the two, an error or an interrupt, leaves loads
 behind; `recover` stops their reads before their slots are given to anybody else.
+
+What is loaded ahead is one load per expert: each arrives, is given up or fails by itself.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from time import perf_counter
 
 import numpy as np
 
 from specdec.errors import ExpertReadError
+from specdec.target.admission import Load
 from specdec.target.expert_bank import ExpertBank
 from specdec.target.expert_counters import LayerCounters
-from specdec.target.expert_reader import ExpertReader, Request
+from specdec.target.expert_reader import ExpertReader
 from specdec.target.read_plan import Slice
 from specdec.target.slots import SlotTable
 from specdec.target.store import Store
@@ -26,17 +29,6 @@ class Group:
 
     bank: ExpertBank
     table: SlotTable
-
-
-@dataclass(eq=False)
-class Load:
-    """Experts of one layer that are being read; early: nobody has asked for them yet."""
-
-    layer: int
-    experts: np.ndarray
-    early: bool = False
-    slots: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
-    request: Request | None = None
 
 
 class ExpertLoads:
@@ -66,25 +58,47 @@ class ExpertLoads:
             )
         ]
 
-    def begin(self, layer: int, experts: np.ndarray, live: np.ndarray, early: bool = False) -> Load:
-        """Reserve slots beside the live ones and begin to read; early reads wait for idle disks."""
-        group = self.groups[layer]
-        load = Load(layer, experts, early)
+    def begin(self, layer: int, experts: np.ndarray, live: np.ndarray) -> Load:
+        """Reserve slots beside the live ones and begin to read."""
+        load = Load(layer, experts)
         if len(experts):
             self._running.append(load)
-            load.slots = group.table.reserve(layer, experts, live)
-            slices = self.slices(layer, experts.tolist(), group.bank, load.slots.tolist())
-            load.request = self.reader.submit(slices, idle=early)
+            load.slots = self.groups[layer].table.reserve(layer, experts, live)
+            self._submit(load)
         return load
 
+    def ahead(self, layer: int, experts: np.ndarray, live: np.ndarray, chance: float) -> None:
+        """Reserve slots for guesses, and read them one by one once nothing urgent waits."""
+        loads = [
+            Load(layer, one, ahead=True, early=True) for one in np.split(experts, len(experts))
+        ]
+        self._running += loads
+        slots = self.groups[layer].table.reserve(layer, experts, live, chance)
+        self.counters[layer].early += len(loads)
+        for load, slot in zip(loads, np.split(slots, len(slots)), strict=True):
+            load.slots = slot
+            self._submit(load)
+
     def finish(self, load: Load) -> None:
-        """Wait until a load's experts are in their slots; ExpertReadError if they cannot be."""
+        """Wait until a load's experts are in their slots; ExpertReadError if they cannot be.
+
+        What was begun ahead and failed is read once more: a guess ends no run.
+        """
         if load.request is None:
             return
         counters = self.counters[load.layer]
         start = perf_counter()
         try:
-            load.request.wait()
+            try:
+                load.request.wait()
+            except ExpertReadError:
+                if not load.ahead:
+                    raise
+                counters.failed += 1
+                self._count_waste(load)
+                load.ahead = False
+                self._submit(load)
+                load.request.wait()
         except BaseException:
             self._broken = True
             self.recover()
@@ -95,31 +109,35 @@ class ExpertLoads:
 
     def hurry(self, load: Load) -> None:
         """A pass asks for what an early load brings."""
-        assert load.request is not None
         load.early = False
+        self.counters[load.layer].late += 1
         load.request.hurry()
 
-    def early(self, layer: int | None = None) -> list[Load]:
-        """Early loads under way, of one layer or of all."""
-        return [one for one in self._running if one.early and layer in (None, one.layer)]
+    def early(self) -> list[Load]:
+        """Loads ahead under way that nobody has asked for."""
+        return [one for one in self._running if one.early]
 
     def collect(self) -> None:
-        """Early loads that are over: their experts are there, or, if a read failed, are not, and
-        whoever asks for them meets the error."""
+        """Early loads that are over: their experts are there, or, if a read failed, are not."""
         for load in self.early():
             if load.request is not None and load.request.done:
                 try:
                     load.request.wait()
                 except ExpertReadError:
+                    self.counters[load.layer].failed += 1
                     self.drop(load)
+                except BaseException:
+                    self.drop(load)
+                    raise
                 else:
                     self._fill(load)
 
-    def drop(self, load: Load) -> None:
-        """Give an early load up."""
-        assert load.request is not None
+    def drop(self, load: Load, begun: bool = True) -> None:
+        """Give an early load up; without `begun` only if nothing of it has been read."""
+        if not begun and load.request.begun:
+            return
         load.request.cancel()
-        self.counters[load.layer].bytes_read += load.request.bytes_read
+        self._count_waste(load)
         self.groups[load.layer].table.release(load.slots)
         self._running.remove(load)
 
@@ -133,14 +151,29 @@ class ExpertLoads:
         self.reader.drain()
         for load in self._running:
             if load.request is not None:
-                self.counters[load.layer].bytes_read += load.request.bytes_read
+                self._count_waste(load)
         self._running = []
         for group in self.groups.values():
             group.table.rebuild()
         self._broken = False
 
+    def _submit(self, load: Load) -> None:
+        bank, slots = self.groups[load.layer].bank, load.slots.tolist()
+        slices = self.slices(load.layer, load.experts.tolist(), bank, slots)
+        load.request = self.reader.submit(slices, idle=load.early)
+
     def _fill(self, load: Load) -> None:
-        assert load.request is not None
-        self.counters[load.layer].bytes_read += load.request.bytes_read
+        self._count(load)
         self.groups[load.layer].table.fill(load.slots, load.early)
         self._running.remove(load)
+
+    def _count(self, load: Load) -> None:
+        counters, count = self.counters[load.layer], load.request.bytes_read
+        counters.bytes_read += count
+        if load.ahead:
+            counters.early_bytes += count
+
+    def _count_waste(self, load: Load) -> None:
+        self._count(load)
+        if load.ahead:
+            self.counters[load.layer].wasted_bytes += load.request.bytes_read

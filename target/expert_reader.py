@@ -2,7 +2,7 @@
 
 `submit` takes slices and returns at once; the Request tells when their memory is full. Reads are
 sorted, merged and cut by target/read_plan.py. What is asked for while idle (prefetch) waits until
-nothing urgent does.
+nothing urgent does, and never takes more than half of the threads: urgent reads find one free.
 
 A read that ends early, an I/O error and a file that has been changed since it was opened are an
 ExpertReadError, and nothing of that request counts as read. A file that was replaced is still
@@ -55,6 +55,7 @@ class Request:
         self._over = threading.Event()
         self._error: BaseException | None = None
         self.dropped = False  # by an error or by `cancel`: what has not begun never does
+        self.begun = False  # whether a thread has taken a piece of it
         self.bytes_read = 0
         if not todo:
             self._over.set()
@@ -142,6 +143,7 @@ class _Queue:
         self._threads: list[threading.Thread] = []
         self._requests: set[Request] = set()  # that may not be over
         self._closed, self._under_way, self._since = False, 0, 0.0
+        self._idle, self._most_idle = 0, max(1, depth // 2)  # threads at idle work, at most
         self.reset_counters()
 
     def submit(self, slices: Sequence[Slice], idle: bool) -> Request:
@@ -151,7 +153,8 @@ class _Queue:
             assert not self._closed, "submit to a closed reader"
             self._requests = {one for one in self._requests if not one.done} | {request}
             self._lines[idle].extend((request, piece) for piece in todo)
-            while len(self._threads) < min(self._depth, len(todo)):
+            wanted = self._under_way + len(self._lines[0]) + len(self._lines[1])
+            while len(self._threads) < min(self._depth, wanted):
                 thread = threading.Thread(target=self._work, name="expert reads", daemon=True)
                 self._threads.append(thread)
                 thread.start()
@@ -179,6 +182,7 @@ class _Queue:
             urgent, idle = self._lines
             urgent.extend(entry for entry in idle if entry[0] is request)
             kept = [entry for entry in idle if entry[0] is not request]
+            self._waiting.notify(len(idle) - len(kept))
             idle.clear()
             idle.extend(kept)
 
@@ -211,17 +215,20 @@ class _Queue:
         bounce = memoryview(mmap.mmap(-1, PIECE_BYTES + 2 * ALIGNMENT))  # aligned to a page
         while True:
             with self._waiting:
-                while not (self._lines[0] or self._lines[1]):
+                while not (self._lines[0] or (self._lines[1] and self._idle < self._most_idle)):
                     if self._closed:
                         return
                     self._waiting.wait()
-                request, piece = (self._lines[0] or self._lines[1]).popleft()
+                idle = not self._lines[0]
+                request, piece = self._lines[idle].popleft()
+                request.begun = True
                 if request.dropped:
                     request.finish(0, None)
                     continue
                 if self._under_way == 0:
                     self._since = perf_counter()
                 self._under_way += 1
+                self._idle += idle
             progress = _Progress()
             error: BaseException | None = None
             try:
@@ -230,6 +237,7 @@ class _Queue:
                 error = raised
             with self._waiting:
                 self._under_way -= 1
+                self._idle -= idle
                 if self._under_way == 0:
                     self._seconds += perf_counter() - self._since
                 self._bytes += progress.bytes

@@ -80,6 +80,8 @@ class MoE:
         self.experts.count_synchronization(self.layer)
         apart = None
         for wave in self.experts.waves(self.layer, chosen.reshape(-1)):
+            if not len(wave.experts):
+                continue
             table = self.backend.index(wave.table)
             if apart is None and (wave.table[chosen] >= 0).all():
                 return feed_forward(x, self.norm, self.bank, routing, table, self.shared, gate)

@@ -6,6 +6,10 @@ puts right what an interrupt amid any of these left half done.
 
 Who may be evicted for a layer: its own experts, and of another layer as many as it has beyond its
 quota; never a slot that the caller names as live. Who is, says the policy.
+
+For a guess, less may be: no other guess that still waits for its layer to ask, and no expert that
+is as likely to be asked for next. One that its layer's last n requests did not name is asked for by
+the next one with a chance of 1 / (n + 2), by the rule of succession.
 """
 
 from collections.abc import Mapping
@@ -15,6 +19,7 @@ import numpy as np
 from specdec.target.policy import Policy
 
 _NONE = np.zeros(0, np.int64)
+_NEVER = -(1 << 40)  # a request long before the first
 
 
 class SlotTable:
@@ -26,12 +31,16 @@ class SlotTable:
         assert sum(quotas.values()) <= slots
         self.slots, self.layers, self.policy = slots, tuple(quotas), policy
         self.evictions = dict.fromkeys(quotas, 0)
+        self.unused = dict.fromkeys(quotas, 0)  # of them, loaded ahead and never asked for
         self._quota = np.array([quotas[layer] for layer in self.layers])
         self._index = {layer: at for at, layer in enumerate(self.layers)}
         self._owner = np.full(slots, -1, np.int64)  # place of the layer in `layers`; -1: empty
         self._expert = np.full(slots, -1, np.int64)
         self._full = np.zeros(slots, bool)
         self._early = np.zeros(slots, bool)  # loaded ahead, and its layer has not asked since
+        self._unused = np.zeros(slots, bool)  # loaded ahead, and nobody has asked for it
+        self._requests = np.zeros(len(self.layers), np.int64)  # of each layer so far
+        self._asked = np.full(slots, _NEVER)  # the layer's request that last named the expert
         self._places = {layer: np.full(experts, -1, np.int32) for layer in self.layers}
 
     def places(self, layer: int) -> np.ndarray:
@@ -46,19 +55,27 @@ class SlotTable:
         """Experts of the layer in full slots, ascending."""
         return np.flatnonzero(self.full(self._places[layer])).astype(np.int32)
 
-    def room(self, layer: int, live: np.ndarray = _NONE) -> int:
-        """How many experts of the layer could be loaded now beside the live slots."""
+    def room(self, layer: int, live: np.ndarray = _NONE, chance: float | None = None) -> int:
+        """How many experts of the layer could be loaded now beside the live slots; guesses where
+        `chance` says how likely they are to be asked for next."""
         candidates = np.bincount(
-            self._owner[self._candidates(layer, live)], minlength=len(self.layers)
+            self._owner[self._candidates(layer, live, chance)], minlength=len(self.layers)
         )
         empty = int((self._owner < 0).sum())
         return empty + int(np.minimum(candidates, self._allowance(layer)).sum())
 
-    def reserve(self, layer: int, experts: np.ndarray, live: np.ndarray = _NONE) -> np.ndarray:
+    def reserve(
+        self,
+        layer: int,
+        experts: np.ndarray,
+        live: np.ndarray = _NONE,
+        chance: float | None = None,
+    ) -> np.ndarray:
         """Slots for experts that are in none, others evicted for them; at most `room` experts."""
         free = np.flatnonzero(self._owner < 0)[: len(experts)]
         if len(free) < len(experts):
-            victims = self._victims(layer, len(experts) - len(free), live)
+            candidates = self._candidates(layer, live, chance)
+            victims = self._victims(layer, len(experts) - len(free), candidates)
             self._evict(victims)
             free = np.concatenate([free, victims])
         self._owner[free], self._expert[free] = self._index[layer], experts
@@ -66,9 +83,10 @@ class SlotTable:
         return free
 
     def fill(self, slots: np.ndarray, early: bool = False) -> None:
-        """The experts of reserved slots have arrived."""
+        """The experts of reserved slots have arrived; early: before anybody asked for them."""
         self.policy.loaded(slots, self._keys(slots), early)
-        self._early[slots] = early
+        self._early[slots] = self._unused[slots] = early
+        self._asked[slots] = _NEVER if early else self._requests[self._owner[slots]]
         self._full[slots] = True
 
     def release(self, slots: np.ndarray) -> None:
@@ -79,10 +97,14 @@ class SlotTable:
 
     def asked(self, layer: int, experts: np.ndarray) -> int:
         """A pass asks the layer for experts: what was loaded ahead is like any other from now on.
-        How many of the experts had been."""
-        places = self._places[layer]
+        How many of the experts had been, and are asked for the first time."""
+        at, places = self._index[layer], self._places[layer]
+        self._requests[at] += 1
         wanted = places[experts]
-        served = int(self._early[wanted[self.full(wanted)]].sum())
+        wanted = wanted[self.full(wanted)]
+        served = int(self._unused[wanted].sum())
+        self._unused[wanted] = False
+        self._asked[wanted] = self._requests[at]
         self._early[places[self.full(places)]] = False
         return served
 
@@ -108,14 +130,17 @@ class SlotTable:
         allowance[self._index[layer]] = self.slots
         return allowance
 
-    def _candidates(self, layer: int, live: np.ndarray) -> np.ndarray:
+    def _candidates(self, layer: int, live: np.ndarray, chance: float | None) -> np.ndarray:
         mask = self._full & (self._allowance(layer)[self._owner] > 0)
         mask[live] = False
+        if chance is not None:
+            since = self._requests[self._owner] - self._asked
+            mask &= ~self._early & (chance * (since + 2) > 1)
         return np.flatnonzero(mask)
 
-    def _victims(self, layer: int, count: int, live: np.ndarray) -> np.ndarray:
+    def _victims(self, layer: int, count: int, candidates: np.ndarray) -> np.ndarray:
         """The first `count` by the policy, of each layer as many as it may lose."""
-        ranked = self.policy.rank(self._candidates(layer, live))
+        ranked = self.policy.rank(candidates)
         # What was loaded ahead and waits to be used goes last.
         ranked = ranked[np.argsort(self._early[ranked], kind="stable")]
         owners = self._owner[ranked]
@@ -134,6 +159,9 @@ class SlotTable:
         for layer, expert in keys:
             self._places[layer][expert] = -1
             self.evictions[layer] += 1
+        for layer, _ in self._keys(slots[self._unused[slots]]):
+            self.unused[layer] += 1
+        self._unused[slots] = False
         self._owner[slots] = -1
 
     def _keys(self, slots: np.ndarray) -> list[tuple[int, int]]:

@@ -25,7 +25,7 @@ from specdec.target.expert_cache import ExpertCache
 from specdec.target.streaming import Streaming
 from tests.checkpoints import write_checkpoint
 from tests.pairs import write_pair
-from tests.target.test_experts import EXPERTS, LAYERS, SMALL, Opened, Reads
+from tests.target.test_experts import EXPERTS, LAYERS, SMALL, Opened
 
 ROOT = Path(__file__).parents[2]
 
@@ -66,8 +66,8 @@ def test_a_slow_disk_is_waited_for_and_the_wait_is_told(
     cache = ExpertCache(opened.store, (), 8, mx.float32, Streaming(direct=direct, queue_depth=2))
     SlowDisk(monkeypatch, 0.01)
     for layer in range(LAYERS):
-        for wave in cache.waves(layer, np.array([1, 4, 6])):
-            opened.check(layer, wave, mx.float32)
+        *_, wave = cache.waves(layer, np.array([1, 4, 6]))
+        opened.check(layer, wave, mx.float32)
     assert all(one.stall_seconds >= 0.01 for one in cache.counters())
     assert cache.reads().seconds >= 0.04
 
@@ -107,6 +107,7 @@ class Interrupter:
     """
 
     FILES = (
+        "target/admission.py",
         "target/expert_cache.py",
         "target/expert_loads.py",
         "target/slots.py",
@@ -165,29 +166,72 @@ def test_what_was_prefetched_is_a_hit(opened: Opened) -> None:
     cache = ExpertCache(opened.store, (), 12, mx.float32)
     each = opened.store.geometry(0).bytes_on_disk
     list(cache.waves(0, np.array([0, 1])))
-    assert cache.prefetch(1, np.array([6, 2, 6])) == 2 * each
-    assert cache.prefetch(1, np.array([2])) == 0  # on its way already
+    assert cache.prefetch(1, np.array([6, 2, 6, 4]), most=2).tolist() == [6, 2]
+    assert cache.prefetch(1, np.array([2])).tolist() == []  # on its way already
     time.sleep(0.1)
     for wave in cache.waves(1, np.array([2, 3])):
         opened.check(1, wave, mx.float32)
     one = cache.counters()[1]
     assert (one.hits, one.misses, one.early, one.early_hits) == (1, 1, 2, 1)
-    assert one.bytes_read == 3 * each
+    assert (one.late, one.failed, one.wasted_bytes) == (0, 0, 0)
+    assert (one.bytes_read, one.early_bytes) == (3 * each, 2 * each)
 
 
 def test_what_is_still_being_prefetched_is_waited_for(
     opened: Opened, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cache = ExpertCache(opened.store, (), 12, mx.float32)
-    counted = Reads(monkeypatch)
     SlowDisk(monkeypatch, 0.02)
-    cache.prefetch(1, np.array([2, 6]))
+    cache.prefetch(1, np.array([2]))
     waves = list(cache.waves(1, np.array([2, 3])))
     opened.check(1, waves[-1], mx.float32)
     assert waves[-1].experts.tolist() == [2, 3]
     one = cache.counters()[1]
-    assert (one.hits, one.misses, one.early_hits) == (0, 2, 1)
-    assert counted.bytes == 3 * opened.store.geometry(1).bytes_on_disk
+    assert (one.hits, one.misses, one.early_hits, one.late) == (0, 2, 0, 1)
+    assert one.bytes_read == 2 * opened.store.geometry(1).bytes_on_disk
+
+
+def test_wrong_guesses_not_begun_are_given_up_when_their_layer_asks(
+    opened: Opened, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = ExpertCache(opened.store, (), 12, mx.float32, Streaming(queue_depth=1))
+    with monkeypatch.context() as patch:
+        SlowDisk(patch, 0.02)
+        cache.prefetch(1, np.array([6, 5, 4, 2]))
+        for wave in cache.waves(1, np.array([2, 3])):
+            opened.check(1, wave, mx.float32)
+    time.sleep(0.1)
+    list(cache.waves(0, np.array([], np.int32)))
+    found = set(cache.resident(1).tolist())
+    assert {2, 3} <= found <= {2, 3, 6}  # one read was under way
+    assert cache.counters()[1].late == 1
+    check_all(opened, cache)
+
+
+def test_what_was_prefetched_and_left_unasked_is_waste(opened: Opened) -> None:
+    cache = ExpertCache(opened.store, (), 4, mx.float32, Streaming(protect=(0, 0)))
+    each = opened.store.geometry(1).bytes_on_disk
+    cache.prefetch(1, np.array([2, 6]))
+    time.sleep(0.1)
+    list(cache.waves(1, np.array([2])))
+    for layer in (0, 2):  # both must go for these
+        list(cache.waves(layer, np.arange(4)))
+    one = cache.counters()[1]
+    assert (one.early, one.early_hits, one.wasted_bytes, one.early_bytes) == (2, 1, each, 2 * each)
+    cache.reset_counters()
+    one = cache.counters()[1]
+    assert (one.early, one.early_hits, one.wasted_bytes, one.early_bytes) == (0, 0, 0, 0)
+
+
+def test_a_guess_evicts_nothing_that_is_as_likely_to_be_asked_for(opened: Opened) -> None:
+    cache = ExpertCache(opened.store, (), 6, mx.float32, Streaming(protect=(0, 0)))
+    for ids in ([0, 1], [2, 3], [4, 5]):  # asked for 2, 1 and 0 requests of the layer ago
+        list(cache.waves(0, np.array(ids)))
+    list(cache.waves(1, np.array([], np.int32)))
+    assert cache.prefetch(1, np.arange(6), chance=1 / 4).tolist() == []
+    assert cache.prefetch(1, np.arange(6), chance=1 / 3).tolist() == [0, 1]
+    assert cache.prefetch(1, np.arange(6), chance=1 / 3).tolist() == []  # nor another guess
+    assert cache.prefetch(2, np.arange(6), chance=1.0).tolist() == [0, 1, 2, 3]
 
 
 def test_prefetch_takes_the_slots_of_what_was_used_longest_ago(opened: Opened) -> None:
@@ -196,7 +240,7 @@ def test_prefetch_takes_the_slots_of_what_was_used_longest_ago(opened: Opened) -
         list(cache.waves(layer, np.array([0, 1])))
         cache.touch(layer, np.array([0, 1]))
     cache.touch(0, np.array([0]))
-    cache.prefetch(2, np.arange(2, EXPERTS))  # never those of the request before
+    cache.prefetch(2, np.arange(2, EXPERTS), chance=1.0)  # never those of the request before
     time.sleep(0.05)
     list(cache.waves(3, np.array([], np.int32)))
     held = [cache.resident(layer).tolist() for layer in range(3)]
@@ -204,18 +248,58 @@ def test_prefetch_takes_the_slots_of_what_was_used_longest_ago(opened: Opened) -
     assert len(held[2]) == 6
 
 
-def test_an_error_amid_prefetch_is_met_by_whoever_asks(
+@pytest.mark.parametrize("asked", [False, True], ids=["unnoticed", "while it is waited for"])
+def test_a_failed_prefetch_ends_nothing(
+    opened: Opened, monkeypatch: pytest.MonkeyPatch, asked: bool
+) -> None:
+    """No slot is believed full, the failure is counted, and whoever asks has it read again."""
+    cache = ExpertCache(opened.store, (), 12, mx.float32)
+    broken, real = [True], checkpoint_module.read_at
+
+    def read(*arguments: Any) -> int:
+        time.sleep(0.05 if asked else 0)
+        if broken.pop() if broken else False:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return real(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint_module, "read_at", read)
+        cache.prefetch(1, np.array([2]))
+        if not asked:
+            time.sleep(0.1)
+            list(cache.waves(0, np.array([], np.int32)))
+            assert cache.resident(1).tolist() == []
+        for wave in cache.waves(1, np.array([2])):
+            opened.check(1, wave, mx.float32)
+    one = cache.counters()[1]
+    assert (one.early, one.early_hits, one.failed, one.late) == (1, 0, 1, int(asked))
+    assert (one.hits, one.misses) == (0, 1)
+    check_all(opened, cache)
+
+
+def test_a_disk_that_stays_broken_is_met_by_whoever_asks(
     opened: Opened, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cache = ExpertCache(opened.store, (), 12, mx.float32)
     with monkeypatch.context() as patch:
-        disk = SlowDisk(patch, 0.0)
-        disk.broken = True
+        SlowDisk(patch, 0.02).broken = True
         cache.prefetch(1, np.array([2, 6]))
-        time.sleep(0.1)
-        list(cache.waves(0, np.array([], np.int32)))
         with pytest.raises(ExpertReadError, match="Input/output error"):
             list(cache.waves(1, np.array([2])))
+    assert cache.resident(1).tolist() == []
+    check_all(opened, cache)
+
+
+def test_ctrl_c_while_a_prefetch_is_waited_for(
+    opened: Opened, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = ExpertCache(opened.store, (), 12, mx.float32)
+    with monkeypatch.context() as patch:
+        SlowDisk(patch, 0.3)
+        cache.prefetch(1, np.array([2, 6]))
+        threading.Timer(0.05, signal.raise_signal, [signal.SIGINT]).start()
+        with pytest.raises(KeyboardInterrupt):
+            list(cache.waves(1, np.array([2, 3])))
     assert cache.resident(1).tolist() == []
     check_all(opened, cache)
 

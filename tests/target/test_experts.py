@@ -185,7 +185,7 @@ def test_any_requests_give_the_right_bytes(
 
 def test_what_is_there_comes_first_and_the_rest_in_one_wave(uniform: Opened) -> None:
     cache = ExpertCache(uniform.store, (), 8, mx.float32)
-    assert [w.experts.tolist() for w in cache.waves(0, np.array([7, 1]))] == [[1, 7]]
+    assert [w.experts.tolist() for w in cache.waves(0, np.array([7, 1]))] == [[], [1, 7]]
     waves = list(cache.waves(0, np.array([1, 7, 2, 3])))
     assert [(w.experts.tolist(), w.fleeting) for w in waves] == [([1, 7], False), ([2, 3], False)]
     assert [w.experts.tolist() for w in cache.waves(0, np.array([3, 1]))] == [[1, 3]]
@@ -195,7 +195,8 @@ def test_more_than_the_slots_hold_comes_in_fleeting_waves(uniform: Opened) -> No
     """Each is read while the one before it is used: half of the slots at a time."""
     cache = ExpertCache(uniform.store, (), 4, mx.float32)
     waves = [(w.experts.tolist(), w.fleeting) for w in cache.waves(0, np.arange(8))]
-    assert waves == [([0, 1], True), ([2, 3], True), ([4, 5], True), ([6, 7], False)]
+    assert waves[0] == ([], False)  # time to compute what needs none of them
+    assert waves[1:] == [([0, 1], True), ([2, 3], True), ([4, 5], True), ([6, 7], False)]
 
 
 def test_missing_experts_are_asked_for_before_the_first_wave(
