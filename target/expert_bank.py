@@ -1,8 +1,11 @@
 """ExpertBank: preallocated memory for a number of experts of one geometry, filled in place.
 
 The arrays that MLX computes with and the views that reads are written through are the same memory.
-Whoever writes a slot makes sure that no unevaluated graph reads it.
+Whoever writes a slot makes sure that no unevaluated graph reads it. Banks begin at multiples of
+what direct reads want, so that slices as long as that are read into their slots without a copy.
 """
+
+import math
 
 import mlx.core as mx
 import numpy as np
@@ -10,6 +13,7 @@ import numpy as np
 from specdec.kernels.experts import ExpertWeights
 from specdec.kernels.weight import Weight
 from specdec.shards import FLOATS
+from specdec.target.read_files import ALIGNMENT
 from specdec.target.store import PROJECTIONS, Geometry
 
 
@@ -28,12 +32,11 @@ class ExpertBank:
         self.views: list[np.ndarray] = []
         arrays: dict[tuple[str, str], mx.array] = {}
         for tensor in geometry.tensors:
-            array = mx.zeros((slots, *tensor.shape), dtype if tensor.dtype in FLOATS else mx.uint32)
-            # An unevaluated array has no memory yet; of a bfloat16 array NumPy takes the bits.
-            bits = array.view(mx.uint16) if array.dtype == mx.bfloat16 else array
-            mx.eval(array, bits)
-            arrays[tensor.projection, tensor.tensor] = array
-            self.views.append(np.array(bits, copy=False))
+            held = dtype if tensor.dtype in FLOATS else mx.uint32
+            array = arrays[tensor.projection, tensor.tensor] = _aligned(
+                (slots, *tensor.shape), held
+            )
+            self.views.append(_view(array))
         self.nbytes = sum(array.nbytes for array in arrays.values())
         gate, up, down = (
             Weight(
@@ -46,3 +49,18 @@ class ExpertBank:
             for projection, quantization in zip(PROJECTIONS, geometry.quantizations, strict=True)
         )
         self.weights = ExpertWeights(gate, up, down)
+
+
+def _aligned(shape: tuple[int, ...], dtype: mx.Dtype) -> mx.array:
+    """Zeros whose memory begins at a multiple of ALIGNMENT."""
+    size = math.prod(shape)
+    flat = mx.zeros((size + ALIGNMENT // dtype.size,), dtype)
+    skip = -_view(flat).__array_interface__["data"][0] % ALIGNMENT // dtype.size
+    return flat[skip : skip + size].reshape(shape)
+
+
+def _view(array: mx.array) -> np.ndarray:
+    """The array's memory, which an unevaluated one does not have yet; of bfloat16 the bits."""
+    bits = array.view(mx.uint16) if array.dtype == mx.bfloat16 else array
+    mx.eval(array, bits)
+    return np.array(bits, copy=False)

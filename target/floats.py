@@ -20,6 +20,11 @@ def convert(values: np.ndarray, out: np.ndarray) -> None:
     """
     for start in range(0, len(values), _BLOCK):
         part = values[start : start + _BLOCK]
+        if part.dtype == np.uint16 and out.dtype == np.float32:
+            bits = out[start : start + _BLOCK].view(np.uint32)
+            bits[...] = part
+            bits <<= 16
+            continue
         if part.dtype == np.uint16:
             wide = (part.astype(np.uint32) << 16).view(np.float32)
         else:

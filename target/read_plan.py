@@ -3,7 +3,8 @@
 Slices are sorted by file and offset, those that touch are read together, and what is longer than
 PIECE_BYTES is cut, so that several threads share it. A piece fills the memory of its slices at
 once when the bytes may go there as they are; otherwise it passes through a bounce buffer: because
-the disk wants aligned reads (`alignment` above 1), or because floats change their dtype.
+the disk wants aligned reads (`alignment` above 1) and file or memory are not, or because floats
+change their dtype.
 """
 
 from collections.abc import Iterator, Sequence
@@ -46,6 +47,11 @@ class _Part(NamedTuple):
     @property
     def converts(self) -> bool:
         return self.target.dtype != HOLDERS[self.dtype]
+
+    def aligned(self, alignment: int) -> bool:
+        """Whether a direct read may write to the target."""
+        address = self.target.__array_interface__["data"][0]
+        return address % alignment == 0 and self.nbytes % alignment == 0
 
 
 @dataclass(frozen=True)
@@ -110,5 +116,7 @@ def _piece(file: int, run: list[tuple[int, _Part]], alignment: int) -> Piece:
     start = first // alignment * alignment
     stop = -(-end // alignment) * alignment
     parts = tuple(_Part(at - first, part.dtype, part.target) for at, part in run)
-    bounced = alignment > 1 or any(part.converts for part in parts)
+    bounced = any(part.converts for part in parts)
+    if alignment > 1 and not bounced:
+        bounced = stop - start > end - first or not all(part.aligned(alignment) for part in parts)
     return Piece(file, start, stop - start, first - start, end - start, parts, bounced)
