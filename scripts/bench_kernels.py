@@ -82,7 +82,7 @@ def _once(pair: Loaded, run: Operation | None, rows: int) -> float:
         return perf_counter() - start
     hidden = rng.standard_normal((rows, target.config.hidden_size)).astype(np.float32)
     x = pair.backend.place(mx.array(hidden).astype(pair.backend.dtype))
-    this = TreePass(target.state, TreeLayout(parents))
+    this = TreePass(target.state, target.rope, TreeLayout(parents))
     start = perf_counter()
     evaluate(*_arrays(run(x, this)))
     return perf_counter() - start

@@ -4,7 +4,6 @@ from specdec.kernels.array import Array
 from specdec.kernels.attention import AttentionShape, attention_inputs
 from specdec.kernels.linear import Projections, linear
 from specdec.kernels.norm import Norm
-from specdec.kernels.rope import Rope
 from specdec.target.config import TargetConfig
 from specdec.target.passes import Pass
 from specdec.target.tensors import Tensors
@@ -13,10 +12,8 @@ from specdec.target.tensors import Tensors
 class Attention:
     """One layer's weights, with the norm before it; `index` counts the full-attention layers."""
 
-    def __init__(
-        self, tensors: Tensors, norm: Norm, config: TargetConfig, rope: Rope, index: int
-    ) -> None:
-        self.norm, self.rope, self.index = norm, rope, index
+    def __init__(self, tensors: Tensors, norm: Norm, config: TargetConfig, index: int) -> None:
+        self.norm, self.index = norm, index
         self.qkv = Projections([tensors.weight(name) for name in ("q_proj", "k_proj", "v_proj")])
         self.out = tensors.weight("o_proj")
         self.shape = AttentionShape(
@@ -31,8 +28,7 @@ class Attention:
     def __call__(self, x: Array, this: Pass) -> Array:
         """x [rows, hidden] plus its attention."""
         queries, keys, values = self.qkv(x, self.norm)
-        cos, sin = self.rope.rows(this.positions, like=x)
-        inputs = attention_inputs(queries, keys, values, self.shape, cos, sin)
+        inputs = attention_inputs(queries, keys, values, self.shape, *this.turn(x))
         gate = queries if self.shape.gated else None
         out = this.attend(self.index, *inputs, self.shape.dim**-0.5, gate)
         return linear(out, self.out, residual=x)

@@ -38,6 +38,7 @@ from specdec.target.passes import Pass, PromptPass, TreePass
 from specdec.target.state import State
 from specdec.target.tensors import Tensors
 from specdec.target.tolerance import Tolerance
+from specdec.target.verify_graph import VerifyGraph
 from specdec.tree.draft_tree import DraftTree
 
 Observer = Callable[[np.ndarray, Pass, slice | list[int]], None]
@@ -80,6 +81,8 @@ class Target:
         self.config, self.layers, self.backend = config, layers, backend
         self.embedding, self.norm, self.head = embedding, norm, head
         self.experts, self.taps = experts, tuple(taps)
+        self.rope = Rope(config.rope)
+        self._graph = VerifyGraph(self._verify)
         # Told of each pass before it is committed: its tokens, the pass, the rows that will be.
         self.observers: list[Observer] = []
         self.tolerance: Tolerance | None = None
@@ -98,7 +101,6 @@ class Target:
         """Read all weights but the experts; CheckpointError as the manifest says."""
         manifest = Manifest.of(checkpoint, config)
         root = Tensors(checkpoint, manifest, config.prefix, backend)
-        rope = Rope(config.rope)
         layers: list[Layer] = []
         for i, kind in enumerate(config.layer_types):
             tensors = root.under(f"layers.{i}")
@@ -110,7 +112,7 @@ class Target:
             ]
             if kind == FULL:
                 at = config.full_layers.index(i)
-                mixer = Attention(tensors.under("self_attn"), norms[0], config, rope, at)
+                mixer = Attention(tensors.under("self_attn"), norms[0], config, at)
             else:
                 at = config.linear_layers.index(i)
                 mixer = GatedDelta(tensors.under("linear_attn"), norms[0], config, at)
@@ -151,7 +153,7 @@ class Target:
         """
         assert len(tokens) > 0
         rows = np.array(tokens, np.int32)
-        this = PromptPass(self.state, len(rows))
+        this = PromptPass(self.state, self.rope, len(rows))
         hidden, taps = self._forward(rows, this)
         logits = self._logits(hidden if all_logits else hidden[-1:])
         evaluate(logits, taps)
@@ -168,10 +170,11 @@ class Target:
         Logits may be NaN or Inf in rows that a draft alone led to: commit looks at its path.
         """
         self._pending = None
-        this = TreePass(self.state, TreeLayout.of(tree.parents))
-        hidden, taps = self._forward(tree.tokens, this)
-        logits = self._logits(hidden)
-        finite = finite_rows(logits)
+        this = TreePass(self.state, self.rope, TreeLayout.of(tree.parents))
+        timed = self.clock is not None or self.tolerance is not None
+        compiled = self.backend.on_gpu and self.experts.all_pinned and not timed
+        run = self._graph if compiled else self._verify
+        logits, taps, finite = run(tree.tokens, this)
         # Slots must not be filled anew while a graph that reads them waits.
         begin = start if self.experts.all_pinned else evaluate
         begin(logits, taps, finite, *this.arrays())
@@ -187,11 +190,17 @@ class Target:
         (this, tree, finite), self._pending = self._pending, None
         if not to_numpy(finite)[list(path)].all():
             rows = tree.tokens[list(path)]
-            self._refuse(rows, TreePass(self.state, TreeLayout.chain(len(rows))))
+            self._refuse(rows, TreePass(self.state, self.rope, TreeLayout.chain(len(rows))))
         self._count(tree.tokens, this, list(path))
         this.commit(list(path))  # last: after it nothing can fail, and before it nothing is done
 
-    def _forward(self, tokens: np.ndarray, this: Pass, probe: bool = False) -> tuple:
+    def _verify(self, tokens: Array, this: TreePass) -> tuple[Array, Array, Array]:
+        """Logits, taps, and which rows of the logits are finite."""
+        hidden, taps = self._forward(tokens, this)
+        logits = self._logits(hidden)
+        return logits, taps, finite_rows(logits)
+
+    def _forward(self, tokens: Array, this: Pass, probe: bool = False) -> tuple:
         """Hidden rows after the last layer [rows, hidden], and the taps [rows, taps * hidden].
 
         With `probe`, every layer's output is checked, and NonFiniteError names the first bad one.

@@ -7,6 +7,7 @@ committed tokens as they are until `commit`.
 
 from abc import ABC, abstractmethod
 from itertools import pairwise
+from typing import Protocol, TypeAlias
 
 import numpy as np
 
@@ -24,6 +25,17 @@ from specdec.kernels.layout import TreeLayout
 from specdec.kernels.linear import Piece
 from specdec.target.state import State
 
+# experts by MoE layer, and the rows and the last of each tape by gated delta layer
+Results: TypeAlias = tuple[
+    dict[int, Array], dict[int, tuple[tuple[Array, ...], tuple[Array, Array] | None]]
+]
+
+
+class Turns(Protocol):
+    """A Rope, or what stands for one."""
+
+    def rows(self, positions: np.ndarray, like: Array) -> tuple[Array, Array]: ...
+
 
 class Pass(ABC):
     """What a layer asks of the other tokens; `index` counts layers of one kind.
@@ -31,10 +43,15 @@ class Pass(ABC):
     Shapes as in kernels.attention (keys and values [kv_heads, rows, dim]) and kernels.gated_delta.
     """
 
-    def __init__(self, state: State, positions: np.ndarray) -> None:
+    def __init__(self, state: State, rope: Turns, positions: np.ndarray) -> None:
         """positions: int32 [rows]."""
-        self.state, self.positions = state, positions
+        self.state, self.positions, self._rope = state, positions, rope
+        state.make_room(len(positions))
         self.chosen: dict[int, Array] = {}  # MoE layer -> experts of each row, int32 [rows, top_k]
+
+    def turn(self, like: Array) -> tuple[Array, Array]:
+        """cos and sin of the rows' positions, as kernels.rope gives them."""
+        return self._rope.rows(self.positions, like)
 
     def attend(
         self,
@@ -66,14 +83,14 @@ class Pass(ABC):
 class PromptPass(Pass):
     """Consecutive rows directly after the committed tokens."""
 
-    def __init__(self, state: State, rows: int) -> None:
-        super().__init__(state, np.arange(state.length, state.length + rows, dtype=np.int32))
+    def __init__(self, state: State, rope: Turns, rows: int) -> None:
+        super().__init__(state, rope, np.arange(state.length, state.length + rows, dtype=np.int32))
         self.rows = rows
         self._conv: dict[int, Array] = {}
         self._recurrent: dict[int, Array] = {}
 
     def again(self) -> "PromptPass":
-        return PromptPass(self.state, self.rows)
+        return PromptPass(self.state, self._rope, self.rows)
 
     def _attention(
         self, queries: Array, keys: Array, values: Array, scale: float, gate: Piece | None
@@ -97,19 +114,19 @@ class PromptPass(Pass):
 class TreePass(Pass):
     """A tree's rows, each after the committed tokens and its own ancestors."""
 
-    def __init__(self, state: State, tree: TreeLayout) -> None:
-        super().__init__(state, (state.length + tree.depths).astype(np.int32))
+    def __init__(self, state: State, rope: Turns, tree: TreeLayout) -> None:
+        super().__init__(state, rope, (state.length + tree.depths).astype(np.int32))
         self.tree = tree
-        self._layout = AttentionLayout(tree, state.length)
+        self.layout = AttentionLayout(tree, state.length)
         self._tapes: dict[int, Tape] = {}
 
     def again(self) -> "TreePass":
-        return TreePass(self.state, self.tree)
+        return TreePass(self.state, self._rope, self.tree)
 
     def _attention(
         self, queries: Array, keys: Array, values: Array, scale: float, gate: Piece | None
     ) -> Array:
-        return tree_attention(queries, keys, values, self._layout, scale, gate)
+        return tree_attention(queries, keys, values, self.layout, scale, gate)
 
     def mix(self, index: int, inputs: DeltaInputs, weights: DeltaWeights) -> Array:
         state = self.state
@@ -122,6 +139,16 @@ class TreePass(Pass):
         """What commit will read, to be computed together with the logits."""
         tapes = [array for tape in self._tapes.values() for array in tape.arrays]
         return [*self.state.keys, *self.state.values, *tapes]
+
+    def results(self) -> Results:
+        """What the layers left here, as plain containers of arrays."""
+        tapes = {index: (tape.rows, tape.last) for index, tape in self._tapes.items()}
+        return self.chosen, tapes
+
+    def take(self, results: Results) -> None:
+        """Have `results` of a pass over an equal tree, which ran in place of this one."""
+        self.chosen, tapes = results
+        self._tapes = {index: Tape(*parts) for index, parts in tapes.items()}
 
     def commit(self, path: list[int]) -> None:
         """Make a path from the root part of the state."""

@@ -36,21 +36,22 @@ class State:
             self.conv = [conv for _ in layers]
             self.recurrent = [backend.zeros(heads, mx.float32) for _ in layers]
 
-    def stage(self, index: int, keys: Array, values: Array) -> None:
-        """Write keys and values [kv_heads, rows, head_dim] of one layer behind the committed ones.
+    def make_room(self, rows: int) -> None:
+        """Grow the buffers so that `rows` more can be staged."""
+        for buffers in (self.keys, self.values):
+            for index, buffer in enumerate(buffers):
+                missing = self.length + rows - buffer.shape[1]
+                if missing > 0:
+                    steps = -(-missing // KV_STEP) * KV_STEP
+                    more = self.backend.zeros((buffer.shape[0], steps, buffer.shape[2]))
+                    buffers[index] = concatenate([buffer, more], axis=1)
 
-        They count once `length` is advanced.
-        """
+    def stage(self, index: int, keys: Array, values: Array) -> None:
+        """Write keys and values [kv_heads, rows, head_dim] of one layer behind the committed ones,
+        where there is room for them. They count once `length` is advanced."""
         start, end = self.length, self.length + keys.shape[1]
-        for buffers, new in ((self.keys, keys), (self.values, values)):
-            buffer = buffers[index]
-            missing = end - buffer.shape[1]
-            if missing > 0:
-                steps = -(-missing // KV_STEP) * KV_STEP
-                more = self.backend.zeros((buffer.shape[0], steps, buffer.shape[2]))
-                buffer = concatenate([buffer, more], axis=1)
-            buffer[:, start:end] = new
-            buffers[index] = buffer
+        self.keys[index][:, start:end] = keys
+        self.values[index][:, start:end] = values
 
     def keep(self, path: list[int]) -> None:
         """Move the staged keys and values of these rows to directly behind the committed ones."""

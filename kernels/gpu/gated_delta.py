@@ -3,7 +3,6 @@
 A tree of one row (plain decoding) gives its new state at once and needs no replay.
 """
 
-from dataclasses import dataclass
 from functools import cache
 
 import mlx.core as mx
@@ -49,15 +48,11 @@ REPLAY = MetalKernel(
 )
 
 
-@dataclass(frozen=True, eq=False)
-class KernelTape(Tape):
-    """rows: one array, float32 [rows, width], and none for a tree of one row."""
-
-
 def mix_tree(
     inputs: DeltaInputs, weights: DeltaWeights, conv: mx.array, state: mx.array, tree: TreeLayout
 ) -> tuple[mx.array, Tape]:
-    """y [rows, heads * value_dim], and the tape."""
+    """y [rows, heads * value_dim], and the tape: an array of float32 [rows, width] for `replay`, or
+    after a lone row what it leads to."""
     qkv, z, b, a = inputs
     starts = _starts(qkv.start, z.start, b.start, a.start)
     rows, taps = tree.rows, weights.conv.shape[0]
@@ -91,15 +86,15 @@ def mix_tree(
         program,
     )
     if rows == 1:
-        return y, KernelTape((), (record, states))
-    return y, KernelTape((record,), None)
+        return y, Tape((), (record, states))
+    return y, Tape((record,), None)
 
 
 def replay(
     convs: list[mx.array], states: list[mx.array], tapes: list[Tape], path: list[int]
 ) -> tuple[list[mx.array], list[mx.array]]:
     """Every layer's convolution rows and state after the accepted path."""
-    if not all(isinstance(tape, KernelTape) for tape in tapes):
+    if any(len(tape.rows) > 1 for tape in tapes):
         raise Unsupported("kernel delta_replay: a tape of another executor, expected delta_tree's")
     if all(tape.last is not None for tape in tapes):
         assert path == [0]

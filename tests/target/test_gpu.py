@@ -6,10 +6,13 @@ The prompt has more rows than the kernels take, so that it runs on plain MLX and
 import mlx.core as mx
 import numpy as np
 import pytest
+from mlx.utils import tree_flatten, tree_map
 
 from specdec.kernels.array import Backend
 from specdec.kernels.executor import gpu_kernels
-from specdec.kernels.gpu.limits import MAX_ROWS, refused
+from specdec.kernels.gated_delta import mix_tree
+from specdec.kernels.gpu.kernel import MetalKernel
+from specdec.kernels.gpu.limits import MAX_ROWS, Unsupported, refused
 from tests.backends import REFERENCE
 from tests.checkpoints import FAMILIES, write_checkpoint
 from tests.metal.build import compiler
@@ -25,8 +28,11 @@ PATH = [0, 1, 3, 4]
 
 
 @pytest.fixture
-def on_shim():
+def on_shim(monkeypatch):
+    """The shim needs values: graphs run as they were traced, with the host's numbers of the pass
+    that they were traced for."""
     refused.clear()
+    monkeypatch.setattr(mx, "compile", lambda traced: traced)
     with gpu_kernels(), through_shim():
         yield
     assert not refused  # every operation ran as a kernel
@@ -64,3 +70,95 @@ def test_streamed_experts_have_the_bits_of_resident_ones(tmp_path, on_shim):
             prefill(target, PROMPT)
             outputs.append(logits_of(target.verify(tree)))
     assert outputs[0].tobytes() == outputs[1].tobytes()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_graphs_are_passes_over_other_trees_of_their_kind(family, tmp_path, on_shim, monkeypatch):
+    """Trees of other shapes, behind other tokens, go through the graph of the first one."""
+    rng = np.random.default_rng(5)
+    shapes = [PARENTS, [-1, 0, 1, 1, 0, 4, 4], [-1, 0, 0, 1, 3, 1, 2]]
+    trees = [tree_of(rng.integers(0, 320, 7), parents) for parents in shapes]
+    folder = write_checkpoint(tmp_path, family)
+    found = []
+    with opened(folder, GPU, taps=(0,)) as target:
+        graph, body = target._graph, target._verify
+        for compiled in (True, False):
+            if not compiled:
+                monkeypatch.setattr(target, "_graph", body)
+            target.reset()
+            prefill(target, PROMPT)
+            for tree in trees:
+                output = target.verify(tree)
+                found.append([logits_of(output).tobytes(), np.array(output.taps).tobytes()])
+                target.commit([0, 1])
+                found[-1] += state_bytes(target)
+        assert len(graph._graphs) == 1
+    assert found[:3] == found[3:]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_graph_holds_nothing_of_the_pass_it_was_traced_for(family, tmp_path, monkeypatch):
+    """MLX tells what a graph is made of: constants, operations, their arguments, kernels' texts."""
+    told: list[str] = []
+
+    class Told(Exception):
+        pass
+
+    def compile_to_words(traced):
+        def call(given):
+            def run(*arrays):
+                left = iter(arrays)
+                found = traced(tree_map(lambda _: next(left), given))
+                return [array for array in leaves(found) if array is not None]
+
+            words: list[str] = []
+            mx.export_function(lambda event: words.append(spelled(event)), run, *leaves(given))
+            told.append("\n".join(words))
+            raise Told
+
+        return call
+
+    monkeypatch.setattr(mx, "compile", compile_to_words)
+    monkeypatch.setattr(MetalKernel, "on_gpu", property(MetalKernel.on_metal))
+    folder = write_checkpoint(tmp_path, family)
+    with opened(folder, GPU, taps=(0,)) as target:
+        for length, parents in ((40, PARENTS), (57, [-1, 0, 1, 1, 0, 4, 4])):
+            target.reset()
+            target._graph._graphs.clear()
+            with gpu_kernels(False):
+                prefill(target, [*PROMPT, *PROMPT][:length])
+            with gpu_kernels(), pytest.raises(Told):
+                target.verify(tree_of(np.arange(7) + length, parents))
+    assert "CustomKernel" in told[0]
+    assert told[0] == told[1]
+
+
+def leaves(tree):
+    return list(dict(tree_flatten(tree)).values())
+
+
+def spelled(event) -> str:
+    """An event of an export; arrays with all their bytes."""
+    if event["type"] != "constants":
+        return repr(event)
+    return repr([(n, a.dtype, a.shape, bytes(memoryview(a))) for n, a in event["constants"]])
+
+
+def test_what_a_kernel_refuses_is_never_a_graph(tmp_path, monkeypatch, capsys):
+    """A reference would bake in the tree that it was traced for."""
+    monkeypatch.setattr(mx, "compile", lambda traced: traced)
+    refused.clear()
+
+    def refuse(*arguments, **named):
+        raise Unsupported("kernel delta_tree: a test, expected none")
+
+    monkeypatch.setattr("specdec.kernels.gpu.gated_delta.mix_tree", refuse)
+    monkeypatch.setattr(mix_tree, "_found", {})
+    folder = write_checkpoint(tmp_path, FAMILIES[-1])
+    with opened(folder, GPU) as target, gpu_kernels(), through_shim():
+        prefill(target, PROMPT)
+        target.verify(tree_of(np.arange(3), [-1, 0, 0]))
+        assert not target._graph._graphs
+        target.commit([0])
+    assert "a test, expected none" in capsys.readouterr().err
+    refused.clear()

@@ -229,7 +229,7 @@ def test_what_is_not_taken():
         with pytest.raises(Unsupported, match=r"rows of .*float32.* and states of .*float16"):
             mixed(layer, [-1], state=layer.state.astype(mx.float16))
         with pytest.raises(Unsupported, match="tape of another executor"):
-            replay([y], [y], [Tape((y,), None)], [0])
+            replay([y], [y], [Tape((y, y), None)], [0])
         for shape, words in [
             ({"key_dim": 257}, "states of 32 x 257"),
             ({"value_dim": 132}, "states of 132 x 16.* a multiple of 16"),

@@ -1,0 +1,96 @@
+"""VerifyGraph: verify passes compiled by MLX, so that Python builds each kind of pass once.
+
+On a GPU a pass of a large model is hundreds of launches, and building them in Python takes longer
+than the GPU takes to run them. Passes over as many rows that launch the same kernels (see
+kernels.gpu.prepared) are one graph: all that differs between them, the tree, the state and how much
+of it is committed, goes in as arrays.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from specdec.kernels.array import Array
+from specdec.kernels.gpu.limits import MAX_ROWS, refused
+from specdec.kernels.gpu.prepared import prepare
+from specdec.kernels.layout import TreeLayout
+from specdec.target.passes import TreePass
+from specdec.target.state import State
+
+Body = Callable[[Array, TreePass], tuple[Array, ...]]
+
+
+class VerifyGraph:
+    """A body, tokens int32 [rows] and a pass -> arrays, and the graphs it was compiled to."""
+
+    def __init__(self, body: Body) -> None:
+        self._body = body
+        self._graphs: dict[tuple[int, ...], Callable[[dict[str, Any]], Any]] = {}
+
+    def __call__(self, tokens: np.ndarray, this: TreePass) -> tuple[Array, ...]:
+        """What the body returns; the pass and its state are as if it had run on them."""
+        # A reference reads the tree on the host, so its graph would be this very pass's alone.
+        if refused or len(tokens) > MAX_ROWS:
+            return self._body(tokens, this)
+        state, gdn = this.state, this.state.config.gdn
+        kind = prepare(this.layout, None if gdn is None else gdn.conv_kernel)
+        if kind not in self._graphs:
+            self._graphs[kind] = mx.compile(partial(self._trace, this.tree.parents, state.length))
+        ids = mx.array(tokens)
+        found = self._graphs[kind](
+            {
+                "tokens": ids,
+                "turn": this.turn(ids),
+                "layout": this.layout.on_device,
+                "tree": this.tree.on_device,
+                "length": mx.array([state.length]),
+                "keys": state.keys,
+                "values": state.values,
+                "conv": state.conv,
+                "recurrent": state.recurrent,
+            }
+        )
+        if refused:  # while it was built
+            self._graphs.clear()
+            return self._body(tokens, this)
+        outputs, state.keys, state.values, results = found
+        this.take(results)
+        return tuple(outputs)
+
+    def _trace(self, parents: np.ndarray, length: int, given: dict[str, Any]) -> tuple[Any, ...]:
+        """The body on placeholders. parents, length: those of any pass of this kind."""
+        state = _Given(length, given)
+        this = TreePass(state, _Turned(given["turn"]), TreeLayout(parents))
+        this.layout.on_device.update(given["layout"])
+        this.tree.on_device.update(given["tree"])
+        outputs = self._body(given["tokens"], this)
+        return list(outputs), state.keys, state.values, this.results()
+
+
+class _Turned:
+    """A rope of which the rows are known."""
+
+    def __init__(self, turn: tuple[Array, Array]) -> None:
+        self._turn = turn
+
+    def rows(self, positions: np.ndarray, like: Array) -> tuple[Array, Array]:
+        return self._turn
+
+
+class _Given(State):
+    """A state of placeholders, which stages behind a length that is one of them."""
+
+    def __init__(self, length: int, given: dict[str, Any]) -> None:
+        self.length, self._start = length, given["length"]
+        self.keys, self.values = list(given["keys"]), list(given["values"])
+        self.conv, self.recurrent = given["conv"], given["recurrent"]
+
+    def make_room(self, rows: int) -> None:
+        pass  # there is
+
+    def stage(self, index: int, keys: Array, values: Array) -> None:
+        for buffers, new in ((self.keys, keys), (self.values, values)):
+            buffers[index] = mx.slice_update(buffers[index], new, self._start, axes=(1,))
