@@ -6,7 +6,6 @@ import threading
 import time
 from pathlib import Path
 
-import mlx.core as mx
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -14,11 +13,9 @@ from hypothesis import strategies as st
 
 from specdec import checkpoint as checkpoint_module
 from specdec.errors import CheckpointError, ExpertReadError
-from specdec.quantization import Quantization
-from specdec.target.expert_bank import ExpertBank
 from specdec.target.expert_reader import ExpertReader
 from specdec.target.read_plan import MAX_BUFFERS, PIECE_BYTES, Slice, pieces
-from specdec.target.store import PROJECTIONS, ExpertTensor, Geometry, Span, StoreFile
+from specdec.target.store import Span, StoreFile
 
 SIZE = 3 * PIECE_BYTES + 1234
 
@@ -122,55 +119,6 @@ def test_reads_ascend_and_merge_what_touches(gaps, alignment):
         assert len(piece.parts) <= MAX_BUFFERS
     if alignment == 1 and all(gap == 0 for gap, _ in gaps) and at - 12 <= PIECE_BYTES:
         assert len(reads) <= 1
-
-
-def aligned(count: int, off: int = 0) -> np.ndarray:
-    """uint32 [count] that begins `off` bytes behind a multiple of 4096."""
-    memory = np.zeros(4 * count + 2 * 4096, np.uint8)
-    skip = -memory.ctypes.data % 4096 + off
-    return memory[skip : skip + 4 * count].view(np.uint32)
-
-
-@pytest.mark.parametrize(
-    ("offset", "count", "off", "straight"),
-    [(8192, 2048, 0, True), (8192, 2048, 4, False), (4, 2048, 0, False), (8192, 2000, 0, False)],
-)
-def test_direct_reads_need_no_copy_where_file_and_memory_are_aligned(
-    tmp_path, offset, count, off, straight
-):
-    if not can_read_directly(tmp_path):
-        pytest.skip("this file system has no direct reads")
-    target = aligned(count, off)
-    wanted = Slice(Span(0, offset, 4 * count), "U32", target)
-    (piece,) = pieces([wanted], 4096)
-    assert piece.bounced is not straight
-    buffers = piece.buffers(memoryview(bytes(8)))
-    assert np.shares_memory(np.frombuffer(buffers[0], np.uint8), target) is straight
-    disk = Disk(tmp_path, direct=True)
-    disk.reader.submit([wanted]).wait()
-    disk.check([wanted])
-    disk.close()
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_banks_begin_where_direct_reads_may_write(dtype):
-    shapes = {
-        "weight": ((128, 8), "U32"),
-        "scales": ((128, 1), "BF16"),
-        "biases": ((128, 1), "BF16"),
-    }
-    tensors = tuple(
-        ExpertTensor(projection, name, *about)
-        for projection in PROJECTIONS
-        for name, about in shapes.items()
-    )
-    geometry = Geometry(tensors, (Quantization(4, 64),) * 3)
-    bank = ExpertBank(geometry, 3, getattr(mx, dtype))
-    assert [view.ctypes.data % 4096 for view in bank.views] == [0] * 9
-    assert [view.shape for view in bank.views[:2]] == [(3, 128, 8), (3, 128, 1)]
-    bank.views[0][1] = 5  # what MLX computes with is the same memory
-    assert np.array(bank.weights.gate.data)[1].min() == 5
-    assert bank.nbytes == 3 * geometry.bytes_resident(getattr(mx, dtype))
 
 
 def test_a_slice_longer_than_a_piece_is_shared_by_threads():
