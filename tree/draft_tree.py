@@ -36,6 +36,12 @@ class DraftTree:
         """The empty tree: the root alone, which is plain autoregressive decoding."""
         return cls(np.array([token], np.int32), np.array([-1], np.int32), np.zeros(1))
 
+    def first(self, rows: int) -> "DraftTree":
+        """The tree of the first `rows` rows, 1 at least."""
+        if rows >= self.rows:
+            return self
+        return DraftTree(self.tokens[:rows], self.parents[:rows], self.log_weights[:rows])
+
     @property
     def rows(self) -> int:
         """Verify rows: the root and every node."""

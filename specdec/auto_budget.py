@@ -1,0 +1,110 @@
+"""Auto: the budget that pays for itself.
+
+Per round, of all prefixes of the drafted tree (its nodes come by falling weight) the one that is
+verified has the highest
+
+    theta(n) = (1 + sum of the first n calibrated weights) / (cost of draft + cost of verify(n))
+
+expected tokens per second (CaDDTree, 2606.01813). Costs are those that the rounds themselves
+showed (round_costs.py), weights are calibrated by what was accepted (calibration.py). Plain
+decoding is one of the choices: where drafting does not pay, it goes on alone, and drafting is tried
+again from time to time (break_even.py).
+
+What is emitted does not depend on any of it.
+"""
+
+from collections.abc import Sequence
+from itertools import accumulate
+
+from specdec.break_even import BreakEven
+from specdec.calibration import Calibration, Edges
+from specdec.round import Round
+from specdec.round_costs import RoundCosts
+from specdec.tree.draft_tree import DraftTree
+
+AUTO_NODES = 16
+"""The largest tree, unless said otherwise: what memory is planned for."""
+PLAIN_ROUNDS = 2  # of a first text, to know what plain decoding costs; the first may compile
+REFRESH = 64  # drafted rounds after which plain decoding is measured again
+SHORTEST = 1e-9  # seconds; for clocks that stand still
+EXPLORE = 32  # drafted rounds after which one row count is chosen for what it may be
+
+
+class Auto:
+    """One engine's budget; what it learned of costs and draft stays from text to text."""
+
+    def __init__(self, nodes: int, costs: RoundCosts, choices: Sequence[int] | None = None) -> None:
+        """nodes: of the largest tree, 2 or more. choices: numbers of nodes to choose from, None
+        for any: where each costs a compilation, few."""
+        assert nodes >= 2
+        self.nodes, self.costs, self.calibration = nodes, costs, Calibration()
+        self._choices = sorted({0, *(range(nodes + 1) if choices is None else choices)})
+        self._choices = [one for one in self._choices if one <= nodes]
+        self._even = BreakEven()
+        self._rounds = self._since_plain = 0  # drafted rounds; rounds since one of one row
+        self._plain = SHORTEST  # seconds of a round of plain decoding
+        self.begin()
+
+    def begin(self) -> None:
+        """A new text."""
+        self._even.begin()
+        self._context, self._untold, self._expected, self._seconds = 0, 0, 1.0, 0.0
+        self.reason: str | None = None
+        """Why plain decoding was chosen, the first time it was for this text; None if never."""
+
+    def limit(self) -> int:
+        if self.costs.plain_rounds < PLAIN_ROUNDS:
+            return 1
+        if self._since_plain > REFRESH * max(1.0, self._even.advantage) ** 2:
+            return 1
+        risk = self.costs.draft(self._untold) / self._plain
+        return self.nodes if self._even.pays(risk) else 1
+
+    def cut(self, tree: DraftTree) -> DraftTree:
+        self._edges = Edges.of(tree)
+        weights = list(accumulate(self.calibration.weights(self._edges)))
+        explore = self._rounds % EXPLORE == EXPLORE - 1
+        passes = self.costs.passes(self._context, optimism=1.0 if explore else 0.0).tolist()
+        draft = self.costs.draft(self._untold)
+        # Twice the rows that were ever tried, at most: a wrong guess of a cost is cheap then.
+        rows = min(tree.rows, 2 * self.costs.most_rows)
+        best, most = 0, 0.0
+        for nodes in self._choices:
+            if nodes >= rows:
+                break
+            rate = weights[nodes] / max(draft + passes[nodes], SHORTEST)
+            if rate > most:
+                best, most = nodes, rate
+        self._expected, self._seconds = weights[best], weights[best] / most
+        return tree.first(best + 1)
+
+    def learn(self, done: Round) -> None:
+        self.costs.learn(done)
+        self._context = done.context + len(done.path)
+        self._untold += len(done.path) - done.told
+        self._since_plain = 0 if done.tree.rows == 1 else self._since_plain + 1
+        drafted = done.budget > 1
+        if drafted:
+            self.calibration.learn(self._edges, done.tree.rows, done.path)
+            self._rounds += 1
+        if not self.costs.verify.known:
+            return
+        self._plain = plain = max(self.costs.plain(self._context), SHORTEST)
+        seconds = done.seconds
+        drafting = seconds.draft + seconds.build
+        if not drafted:
+            self._even.plain(drafting / plain)
+            return
+        total = drafting + seconds.verify + seconds.commit
+        self._even.drafted(
+            self._seconds / plain,
+            min(total, 2 * self._seconds) / plain,
+            self._expected,
+            len(done.tokens),
+        )
+        if self._even.pausing and self.reason is None:
+            tokens = self._even.round_tokens
+            self.reason = (
+                f"speculation would cost {1e3 * plain * self._even.round_cost:.3g} ms for "
+                f"{tokens:.2f} tokens, plain decoding {1e3 * plain * tokens:.3g} ms"
+            )

@@ -1,0 +1,89 @@
+"""BreakEven: whether drafting pays at all, and when to try it again.
+
+Costs and tokens of the drafted rounds are weighed against plain decoding, the latest rounds most.
+Half of the tokens counted are those that came, half those that were expected: single rounds vary
+too much to go by what came alone, and a draft that is too sure of itself to go by the rest. While
+drafting does not pay, plain decoding goes on and drafting is tried again after 8, 16, 32, ...
+rounds, 64 at most.
+
+The guarantee: what drafted rounds took beyond plain decoding of the same tokens, catching up
+included, is added up. No round drafts while that stands above `CREDIT` plain rounds + `SHARE` of
+all the time since the text began; so it ends at most one round above.
+"""
+
+FORGET = 0.8  # of the evidence, per drafted round
+FADE = 0.97  # of the evidence, per plain round
+PRIOR = 8.0  # plain rounds that the prior evidence took
+HOPE = 1.2  # prior tokens per plain token: drafting is tried first
+MARGIN = 0.03  # drafting goes on while it is expected to lose less
+FIRST_WAIT, LAST_WAIT = 8, 64  # plain rounds before the next try
+CREDIT, SHARE = 4.0, 0.03
+SESSION = 0.98  # memory of earlier texts, per drafted round
+
+
+class BreakEven:
+    """The account of one text after the other."""
+
+    def __init__(self) -> None:
+        self._session_tokens, self._session_cost = 5 * PRIOR * HOPE, 5 * PRIOR
+        self.begin()
+
+    def begin(self) -> None:
+        """A new text: what the texts before said counts, but not for much."""
+        before = min(HOPE, self._session_tokens / self._session_cost)
+        # Of drafted rounds: how many, their tokens, and what they took in plain rounds.
+        self._rounds, self._tokens, self._cost = PRIOR / 2, before * PRIOR, PRIOR
+        self._wait, self._next_wait = 0, FIRST_WAIT
+        self._loss = self._spent = 0.0  # in plain rounds
+        if self.advantage < 1 - MARGIN:
+            self._wait = FIRST_WAIT // 2
+
+    @property
+    def advantage(self) -> float:
+        """Tokens of drafted rounds per token that plain decoding makes in their time."""
+        return self._tokens / self._cost
+
+    @property
+    def pausing(self) -> bool:
+        """Whether drafting does not pay for now."""
+        return self._wait > 0
+
+    @property
+    def round_tokens(self) -> float:
+        """Tokens of a drafted round."""
+        return self._tokens / self._rounds
+
+    @property
+    def round_cost(self) -> float:
+        """Cost of a drafted round, in plain rounds."""
+        return self._cost / self._rounds
+
+    def pays(self, risk: float) -> bool:
+        """Whether the next round should draft; it may lose `risk` plain rounds."""
+        if self._wait > 0:
+            self._wait -= 1
+            return False
+        return self._loss + risk <= CREDIT + SHARE * self._spent
+
+    def drafted(self, cost: float, took: float, expected: float, tokens: int) -> None:
+        """A drafted round took `cost` plain rounds; expected and emitted tokens."""
+        counted = (expected + tokens) / 2
+        self._rounds = FORGET * self._rounds + 1
+        self._tokens = FORGET * self._tokens + counted
+        self._cost = FORGET * self._cost + cost
+        self._session_tokens = SESSION * self._session_tokens + counted
+        self._session_cost = SESSION * self._session_cost + cost
+        self._loss += took - tokens
+        self._spent += took
+        if self.advantage < 1 - MARGIN:
+            self._wait, self._next_wait = self._next_wait, min(2 * self._next_wait, LAST_WAIT)
+        else:
+            self._next_wait = FIRST_WAIT
+
+    def plain(self, extra: float = 0.0) -> None:
+        """A round of plain decoding; `extra`: what the draft took of it, in plain rounds."""
+        self._rounds *= FADE
+        self._tokens *= FADE
+        self._cost *= FADE
+        self._loss += extra
+        self._spent += 1 + extra

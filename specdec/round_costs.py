@@ -1,0 +1,106 @@
+"""RoundCosts: what a round with a tree of n nodes will take, in seconds, learned from the rounds.
+
+    draft + verify(rows) + misses(rows) x time of a miss
+
+Draft is a median: its cost hardly depends on the tree. Verify, commit included, is a curve over
+rows and context without the time in which reads were waited for. Experts that have to be read are a
+curve of their own, because how many a pass misses depends on what the slots hold by now, and what
+one costs on the disk and on how much of it hides behind computing.
+"""
+
+from collections import deque
+from statistics import median_low
+
+import numpy as np
+
+from specdec.cost_curve import CostCurve
+from specdec.round import Round
+from specdec.target.quotas import union
+
+PER_ROW = 0.15  # prior: the cost of a further row, in costs of one row
+PASS_NOISE, MISS_NOISE = 0.1, 0.5
+DRAFTS = 9  # whose median counts
+FEW_TOLD = 16  # tokens told to the draft in a round that is not a catching-up
+# Rounds of plain decoding that are learned from together: there are many of them, and looking at
+# each would be felt.
+PLAIN_BATCH = 4
+FORGET = 0.95  # of what misses took
+
+
+class RoundCosts:
+    """Learned costs of one machine and one pair of models."""
+
+    def __init__(self, nodes: int, experts: int = 1, top_k: int = 1) -> None:
+        """nodes: of the largest tree. experts, top_k: of a layer, for the prior of misses."""
+        rows = nodes + 1
+        self.verify = CostCurve([1 + PER_ROW * i for i in range(rows)], PASS_NOISE)
+        needed = [union(experts, top_k, i + 1) for i in range(rows)]
+        self.misses = CostCurve([one / needed[0] for one in needed], MISS_NOISE)
+        self._drafts: deque[float] = deque(maxlen=DRAFTS)
+        self._catching_up: deque[float] = deque(maxlen=DRAFTS)
+        self._plain: list[float] = []  # rounds of plain decoding that were not learned from yet
+        self._missed = self._stalled = 0.0
+
+    @property
+    def plain_rounds(self) -> int:
+        """Passes of one row that were seen."""
+        return self.verify.seen[0]
+
+    @property
+    def most_rows(self) -> int:
+        """Rows of the largest pass that was seen."""
+        return self.verify.most_rows
+
+    def learn(self, done: Round) -> None:
+        """Learn from a round."""
+        seconds, rows = done.seconds, done.tree.rows
+        drafting = seconds.draft + seconds.build
+        took = max(seconds.verify + seconds.commit - done.stall, 0.0)
+        if done.misses or self._missed:
+            # One more than there were: costs are relative, and a warm cache misses nothing.
+            self.misses.add(rows, 0, done.misses + 1)
+            self._missed = FORGET * self._missed + done.misses
+            self._stalled = FORGET * self._stalled + done.stall
+        if done.budget == 1:
+            if done.told:
+                self._catching_up.append(drafting / done.told)
+            self._plain.append(took)
+            if len(self._plain) == PLAIN_BATCH or self.plain_rounds < PLAIN_BATCH:
+                self._flush(done.context)
+            return
+        if done.told <= FEW_TOLD:
+            self._drafts.append(drafting)
+        self._flush(done.context)
+        self.verify.add(rows, done.context, took)
+
+    def draft(self, told: int = 0) -> float:
+        """Proposing a block and building its tree, once `told` tokens have been caught up with."""
+        seconds = median_low(self._drafts) if self._drafts else 0.0
+        if told > FEW_TOLD and self._catching_up:
+            seconds += told * median_low(self._catching_up)
+        return seconds
+
+    def plain(self, context: int) -> float:
+        """A round of plain decoding."""
+        seconds = self.verify.one_row(context)
+        if self.misses.known:
+            seconds += self._reading * max(self.misses.one_row(0) - 1, 0.0)
+        return seconds
+
+    def passes(self, context: int, optimism: float = 0.0) -> np.ndarray:
+        """Verify passes of 1, 2, ... rows, reads and commit included [rows]."""
+        seconds = self.verify.costs(context, optimism)
+        if self.misses.known:
+            seconds = seconds + self._reading * np.maximum(self.misses.costs(0, optimism) - 1, 0.0)
+        return seconds
+
+    @property
+    def _reading(self) -> float:
+        """Seconds waited per miss."""
+        return self._stalled / self._missed if self._missed else 0.0
+
+    def _flush(self, context: int) -> None:
+        """Learn from the plain rounds since the last time."""
+        if self._plain:
+            self.verify.add(1, context, median_low(self._plain))
+            self._plain.clear()
