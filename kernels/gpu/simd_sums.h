@@ -3,21 +3,19 @@
 // Each sum has the bits of a simd_sum, with COUNT + 4 shuffles instead of 5 * COUNT.
 template <int COUNT, typename P>
 HELPER float simd_sums(P values, uint lane) {
-  int left = COUNT;
 #pragma unroll
-  for (uint step = 1; step < 32; step *= 2) {
-    left = left / 2;
-    if (left == 0) {
-      values[0] = values[0] + simd_shuffle_xor(values[0], step);
-      continue;
-    }
+  for (int step = 1; step < 32; step *= 2) {
+    const int left = COUNT / (2 * step);  // of values, a constant: what is not unrolled is spilled
     // one lane of each pair goes on with the lower half of the values, the other with the upper
-    bool upper = (lane & step) != 0;
+    bool upper = (lane & uint(step)) != 0;
 #pragma unroll
     for (int i = 0; i < left; ++i) {
       float own = upper ? values[i + left] : values[i];
       float other = upper ? values[i] : values[i + left];
-      values[i] = own + simd_shuffle_xor(other, step);
+      values[i] = own + simd_shuffle_xor(other, uint(step));
+    }
+    if (left == 0) {
+      values[0] = values[0] + simd_shuffle_xor(values[0], uint(step));
     }
   }
   return values[0];
@@ -27,9 +25,8 @@ template <int COUNT>
 HELPER int sum_of_lane(uint lane) {
   int index = 0;
 #pragma unroll
-  for (int left = COUNT / 2; left > 0; left /= 2) {
-    index += (lane & 1) != 0 ? left : 0;
-    lane /= 2;
+  for (int step = 1; step < COUNT; step *= 2) {
+    index += (lane & uint(step)) != 0 ? COUNT / (2 * step) : 0;
   }
   return index;
 }
