@@ -9,17 +9,16 @@ from time import perf_counter
 import numpy as np
 
 from specdec.budget import Budget
-from specdec.choose import greedy
+from specdec.chooser import chooser
 from specdec.draft.model import Draft
 from specdec.errors import SpecdecError
 from specdec.interrupt import Interrupts
 from specdec.kernels.array import Array, concatenate
 from specdec.round import PhaseSeconds, Prefill, Round
+from specdec.sampling import GREEDY, Sampling
 from specdec.target.model import Target
 from specdec.tree.block import Block
-from specdec.tree.build import build
 from specdec.tree.draft_tree import DraftTree
-from specdec.tree.walk import walk
 
 # While plain decoding goes on in a session that may draft again, the draft is told of this many
 # tokens at a time: cheaper than one by one, and the taps that wait are bounded.
@@ -33,16 +32,12 @@ class Engine:
         self,
         target: Target,
         draft: Draft | None = None,
-        choose: Callable[[Array], np.ndarray] = greedy,
         prefill_chunk: int = 256,
         context: int | None = None,
         max_budget: int | None = None,
     ) -> None:
-        """choose: logits [rows, vocab] -> int [rows], the target's token after each row.
-
-        context, max_budget: what memory was planned for; None where nothing was.
-        """
-        self.target, self.draft, self.choose = target, draft, choose
+        """context, max_budget: what memory was planned for; None where nothing was."""
+        self.target, self.draft = target, draft
         self.prefill_chunk, self.context, self.max_budget = prefill_chunk, context, max_budget
         self.reset()
 
@@ -60,20 +55,26 @@ class Engine:
         tokens: Sequence[int],
         drafting: bool = True,
         on_progress: Callable[[int, int], None] | None = None,
+        sampling: Sampling = GREEDY,
     ) -> Prefill:
-        """Run a prompt from nothing. Without `drafting`, only budget 1 may follow."""
+        """Run a prompt from nothing. Without `drafting`, only budget 1 may follow.
+
+        sampling: how tokens are chosen, until the next prompt.
+        """
         self.reset()
+        self.chooser = chooser(sampling)
         self._drafting = drafting and self.draft is not None
         start = perf_counter()
         for done in range(0, len(tokens), self.prefill_chunk):
             chunk = tokens[done : done + self.prefill_chunk]
             output = self.target.prefill(chunk)
+            self.chooser.commit(chunk)
             if self._drafting:
                 self._untold.append(output.taps)
                 self._tell_draft()
             if on_progress is not None:
                 on_progress(done + len(chunk), len(tokens))
-        self._bonus = int(self.choose(output.logits)[0])
+        self._bonus = self.chooser.first(output.logits)
         return Prefill(self._bonus, len(tokens), perf_counter() - start)
 
     def step(self, budget: Budget, kind: str = "best-first") -> Round:
@@ -89,14 +90,15 @@ class Engine:
         told -= self._untold_rows()
         times.append(perf_counter())
         if block is not None:
-            tree = budget.cut(build(self._bonus, block, limit, kind))
+            tree = budget.cut(self.chooser.grow(self._bonus, block, limit, kind))
         times.append(perf_counter())
         output = self.target.verify(tree)
-        path, bonus = walk(tree, self.choose(output.logits))
+        path, bonus = self.chooser.walk(tree, output.logits)
         times.append(perf_counter())
         taps = [output.taps[self.target.backend.index(path)]] if self._drafting else []
         with Interrupts():  # a round is committed as a whole or not at all
             self.target.commit(path)
+            self.chooser.commit(tree.tokens[list(path)].tolist())
             self._bonus = bonus
             self._untold += taps
         times.append(perf_counter())
@@ -115,7 +117,7 @@ class Engine:
         self._tell_draft()
         assert self.draft.length == self.target.length
         # a tree is nowhere deeper than it has nodes
-        return self.draft.propose(self._bonus, budget, budget)
+        return self.draft.propose(self._bonus, self.chooser.width(budget), budget)
 
     def _untold_rows(self) -> int:
         return sum(taps.shape[0] for taps in self._untold)

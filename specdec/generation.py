@@ -17,7 +17,7 @@ from specdec.engine import Engine
 from specdec.errors import PlanError, PromptError, SpecdecError
 from specdec.interrupt import Interrupts
 from specdec.round import Prefill, Round
-from specdec.sampling import Sampling
+from specdec.sampling import GREEDY, Sampling
 from specdec.target.config import TargetConfig
 from specdec.target.expert_counters import LayerCounters
 from specdec.target.expert_reader import ReadCounters
@@ -41,7 +41,7 @@ class Request:
     max_tokens: int = 128
     stop: tuple[str, ...] = ()
     eos_ids: tuple[int, ...] = ()
-    sampling: Sampling = Sampling()
+    sampling: Sampling = GREEDY
 
     def __post_init__(self) -> None:
         assert self.budget >= 1
@@ -63,6 +63,7 @@ class Result:
         nothing told.
     layer_times: seconds per layer, where --timing asked for them.
     substitutions: per layer what --cache-tolerance changed; None where routing was exact.
+    sampling: how the tokens were chosen.
     """
 
     tokens: tuple[int, ...]
@@ -78,6 +79,7 @@ class Result:
     reads: ReadCounters | None = None
     streaming: Streaming | None = None
     layer_times: tuple[LayerTime, ...] | None = None
+    sampling: Sampling = GREEDY
 
     @property
     def token_sha256(self) -> str:
@@ -125,7 +127,9 @@ def generate(
                 on_progress(done, total)
 
         try:
-            prefill = engine.prefill(request.prompt_tokens, request.budget > 1, progress)
+            prefill = engine.prefill(
+                request.prompt_tokens, request.budget > 1, progress, request.sampling
+            )
             first = perf_counter()
             prompt_bytes = sum(one.bytes_read for one in engine.target.experts.counters())
             assert prefill.token is not None
@@ -163,6 +167,7 @@ def generate(
         reads=engine.target.experts.reads(),
         streaming=engine.target.experts.streaming,
         layer_times=clock.times() if clock is not None else None,
+        sampling=request.sampling,
         substitutions=tolerance.counts() if tolerance is not None else None,
     )
     if failure is not None:

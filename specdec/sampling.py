@@ -69,3 +69,6 @@ class Sampling:
         parts.append(f"seed {self.seed}")
         parts += ["accepted without replacement (swor)"] if self.accept == "swor" else []
         return ", ".join(parts)
+
+
+GREEDY = Sampling()

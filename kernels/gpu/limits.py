@@ -5,6 +5,8 @@ import mlx.core as mx
 # A mask of rows is 32 bits wide, and more rows than these belong to a prompt, where MLX's own
 # matrix kernels are the fast ones.
 MAX_ROWS = 32
+# Sizes of trees worth choosing from: a kernel is compiled for each number of rows.
+TREE_NODES = (1, 2, 4, 6, 8, 12, 16, 24, 31)
 
 FLOATS = (mx.float32, mx.float16, mx.bfloat16)
 # Bits and group sizes of the packed weights that weights.h reads.
