@@ -8,13 +8,16 @@ from time import perf_counter
 
 import numpy as np
 
+from specdec.auto_budget import Auto
 from specdec.budget import Budget
 from specdec.chooser import chooser
 from specdec.draft.model import Draft
 from specdec.errors import SpecdecError
 from specdec.interrupt import Interrupts
 from specdec.kernels.array import Array, concatenate
+from specdec.kernels.gpu.limits import TREE_NODES
 from specdec.round import PhaseSeconds, Prefill, Round
+from specdec.round_costs import RoundCosts
 from specdec.sampling import GREEDY, Sampling
 from specdec.target.model import Target
 from specdec.tree.block import Block
@@ -22,7 +25,7 @@ from specdec.tree.draft_tree import DraftTree
 
 # While plain decoding goes on in a session that may draft again, the draft is told of this many
 # tokens at a time: cheaper than one by one, and the taps that wait are bounded.
-CATCH_UP_ROWS = 64
+CATCH_UP_ROWS = 32
 
 
 class Engine:
@@ -39,7 +42,18 @@ class Engine:
         """context, max_budget: what memory was planned for; None where nothing was."""
         self.target, self.draft = target, draft
         self.prefill_chunk, self.context, self.max_budget = prefill_chunk, context, max_budget
+        self._autos: dict[int, Auto] = {}
         self.reset()
+
+    def auto(self, nodes: int) -> Auto:
+        """The budget that chooses trees of `nodes` nodes at most. What it learns of this machine
+        and this pair stays with the engine."""
+        if nodes not in self._autos:
+            config = self.target.config
+            costs = RoundCosts(nodes, config.num_experts, config.top_k)
+            choices = TREE_NODES if self.target.backend.on_gpu else None
+            self._autos[nodes] = Auto(nodes, costs, choices)
+        return self._autos[nodes]
 
     def reset(self) -> None:
         """Forget all tokens; the experts in memory stay."""

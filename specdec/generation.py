@@ -9,10 +9,12 @@ import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from time import perf_counter
+from typing import Literal
 
 import numpy as np
 
-from specdec.budget import Fixed
+from specdec.auto_budget import AUTO_NODES, Auto
+from specdec.budget import Budget, Fixed
 from specdec.engine import Engine
 from specdec.errors import PlanError, PromptError, SpecdecError
 from specdec.interrupt import Interrupts
@@ -32,19 +34,23 @@ from specdec.writer import Piece, Writer
 class Request:
     """What to generate. eos_ids: token ids that end the text; empty to ignore end tokens.
 
+    budget: tree nodes per round; 1 is plain decoding; "auto" what pays (specdec.auto_budget), with
+    trees of max_budget nodes at most (None: 16, or what memory was planned for if that is less).
     sampling: how the next token is chosen.
     """
 
     prompt_tokens: tuple[int, ...]
-    budget: int = 6
+    budget: int | Literal["auto"] = 6
     tree: str = "best-first"
     max_tokens: int = 128
     stop: tuple[str, ...] = ()
     eos_ids: tuple[int, ...] = ()
     sampling: Sampling = GREEDY
+    max_budget: int | None = None
 
     def __post_init__(self) -> None:
-        assert self.budget >= 1
+        assert self.budget == "auto" or self.budget >= 1
+        assert self.max_budget is None or self.max_budget >= 2
         assert self.max_tokens >= 1
 
 
@@ -64,6 +70,7 @@ class Result:
     layer_times: seconds per layer, where --timing asked for them.
     substitutions: per layer what --cache-tolerance changed; None where routing was exact.
     sampling: how the tokens were chosen.
+    plain_reason: why budget "auto" went on without drafting for a while; None where it did not.
     """
 
     tokens: tuple[int, ...]
@@ -80,6 +87,7 @@ class Result:
     streaming: Streaming | None = None
     layer_times: tuple[LayerTime, ...] | None = None
     sampling: Sampling = GREEDY
+    plain_reason: str | None = None
 
     @property
     def token_sha256(self) -> str:
@@ -113,6 +121,7 @@ def generate(
     if tolerance is not None:
         tolerance.reset()
     rounds: list[Round] = []
+    budget = _budget(engine, request)
     prefill, finish = Prefill(None, len(request.prompt_tokens), 0.0), None
     failure: SpecdecError | None = None
     clock, prompt_bytes = engine.target.clock, 0
@@ -128,13 +137,12 @@ def generate(
 
         try:
             prefill = engine.prefill(
-                request.prompt_tokens, request.budget > 1, progress, request.sampling
+                request.prompt_tokens, request.budget != 1, progress, request.sampling
             )
             first = perf_counter()
             prompt_bytes = sum(one.bytes_read for one in engine.target.experts.counters())
             assert prefill.token is not None
             finish = writer.emit((prefill.token,))
-            budget = Fixed(request.budget)
             while finish is None:
                 interrupts.check()
                 rounds.append(engine.step(budget, request.tree))
@@ -169,11 +177,25 @@ def generate(
         layer_times=clock.times() if clock is not None else None,
         sampling=request.sampling,
         substitutions=tolerance.counts() if tolerance is not None else None,
+        plain_reason=budget.reason if isinstance(budget, Auto) else None,
     )
     if failure is not None:
         failure.result = result
         raise failure
     return result
+
+
+def _budget(engine: Engine, request: Request) -> Budget:
+    """What the engine is to ask; without a draft there is nothing to choose."""
+    if request.budget != "auto":
+        return Fixed(request.budget)
+    most = engine.max_budget
+    nodes = request.max_budget or min(AUTO_NODES, AUTO_NODES if most is None else most)
+    if engine.draft is None or nodes < 2:
+        return Fixed(1)
+    auto = engine.auto(nodes)
+    auto.begin()
+    return auto
 
 
 def check_prompt(tokens: Sequence[int], config: TargetConfig) -> None:
@@ -202,8 +224,9 @@ def _check_plan(engine: Engine, request: Request, answer: int) -> None:
             f"the request may need {context} tokens of context, memory was planned for "
             f"{engine.context}: load with a larger context"
         )
-    if engine.max_budget is not None and request.budget > engine.max_budget:
+    nodes = request.max_budget if request.budget == "auto" else request.budget
+    if engine.max_budget is not None and (nodes or 1) > engine.max_budget:
         raise PlanError(
-            f"the request has budget {request.budget}, memory was planned for "
+            f"the request has budget {nodes}, memory was planned for "
             f"{engine.max_budget}: load with a larger budget"
         )
