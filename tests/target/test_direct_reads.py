@@ -68,3 +68,14 @@ def test_banks_begin_where_direct_reads_may_write(dtype):
     bank.views[0][1] = 5  # what MLX computes with is the same memory
     assert np.array(bank.weights.gate.data)[1].min() == 5
     assert bank.nbytes == 3 * geometry.bytes_resident(getattr(mx, dtype))
+
+
+def test_a_bank_of_many_pages_holds_zeros_and_what_is_written():
+    tensors = tuple(ExpertTensor(name, "weight", (512, 1024), "F32") for name in PROJECTIONS)
+    bank = ExpertBank(Geometry(tensors, (None,) * 3), 4, mx.float32)  # 8 MiB each
+    gate = bank.weights.gate.data
+    assert not any(view.any() for view in bank.views)
+    assert mx.abs(gate).sum().item() == 0
+    bank.views[0][...] = np.arange(4, dtype=np.float32)[:, None, None]
+    assert gate[:, ::100, ::100].max(axis=(1, 2)).tolist() == [0, 1, 2, 3]
+    assert mx.array(bank.views[0]).sum().item() == gate.sum().item()
