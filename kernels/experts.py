@@ -58,7 +58,8 @@ def feed_forward(
     routing names. The shared expert's output is weighted by sigmoid(shared_gate), [rows, 1].
     """
     apart = _each(norm(x), bank, table[routing.experts])
-    return combine(x, norm, apart, routing, shared, shared_gate)
+    hidden = None if shared is None else shared_hidden(x, norm, shared)
+    return combine(x, apart, routing, shared, hidden, shared_gate)
 
 
 @operation("few rows")
@@ -78,20 +79,30 @@ def experts_apart(
 
 
 @operation("few rows")
+def shared_hidden(x: Array, norm: Norm, shared: SharedExpert) -> Array:
+    """silu(gate h) * (up h) of the shared expert, h = norm(x): [rows, intermediate].
+
+    What `feed_forward` needs none of the routed experts for, the shared expert's last product left
+    out; to be computed while they are read.
+    """
+    h = norm(x)
+    return swiglu(linear(h, shared.gate), linear(h, shared.up))
+
+
+@operation("few rows")
 def combine(
     x: Array,
-    norm: Norm,
     apart: Array,
     routing: Routing,
     shared: SharedExpert | None = None,
+    hidden: Array | None = None,
     shared_gate: Piece | None = None,
 ) -> Array:
-    """`feed_forward` from what `experts_apart` gave: [rows, hidden]."""
+    """`feed_forward` from what `experts_apart` and `shared_hidden` gave: [rows, hidden]."""
     y = (apart * routing.weights[..., None].astype(apart.dtype)).sum(axis=1)
-    if shared is not None and shared_gate is not None:
-        h = norm(x)
-        hidden = swiglu(linear(h, shared.gate), linear(h, shared.up))
-        y = y + sigmoid_gate(linear(hidden, shared.down), shared_gate.values)
+    if shared is not None and hidden is not None and shared_gate is not None:
+        output = linear(hidden.astype(x.dtype), shared.down)
+        y = y + sigmoid_gate(output, shared_gate.values)
     return x + y
 
 

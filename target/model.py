@@ -7,6 +7,7 @@ between the two leaves the session as it was.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import NoReturn, Self
 
 import numpy as np
@@ -35,6 +36,7 @@ from specdec.target.layer_clock import LayerClock
 from specdec.target.manifest import Manifest
 from specdec.target.mlp import MLP, MoE
 from specdec.target.passes import Pass, PromptPass, TreePass
+from specdec.target.prefetch import Prefetcher
 from specdec.target.state import State
 from specdec.target.tensors import Tensors
 from specdec.target.tolerance import Tolerance
@@ -87,6 +89,11 @@ class Target:
         self.observers: list[Observer] = []
         self.tolerance: Tolerance | None = None
         self.clock: LayerClock | None = None  # set to time the halves of every layer
+        self.prefetcher = Prefetcher(experts, config.vocab_size)
+        unpinned = [layer.mlp for layer in layers if isinstance(layer.mlp, MoE)]
+        unpinned = [mlp for mlp in unpinned if not experts.is_pinned(mlp.layer)]
+        for mlp, following in pairwise(unpinned):
+            mlp.look_ahead(self.prefetcher, following)
         self.reset()
 
     @classmethod
@@ -164,6 +171,10 @@ class Target:
         this.commit()
         return Output(logits, taps)
 
+    def foresee(self, tree: DraftTree) -> None:
+        """A tree is about to be verified, maybe with more nodes: its experts may be read ahead."""
+        self.prefetcher.foresee(tree.tokens)
+
     def verify(self, tree: DraftTree) -> Output:
         """Run all rows of a tree after the committed tokens; commits nothing.
 
@@ -178,6 +189,7 @@ class Target:
         # Slots must not be filled anew while a graph that reads them waits.
         begin = start if self.experts.all_pinned else evaluate
         begin(logits, taps, finite, *this.arrays())
+        self.prefetcher.passed()
         self._pending = this, tree, finite
         return Output(logits, taps)
 
@@ -248,3 +260,6 @@ class Target:
                 self.experts.count_hits(layer, chosen)
             else:
                 self.experts.touch(layer, chosen[rows])
+        self.prefetcher.learn(
+            tokens[rows], {i: this.chosen[i][rows] for i in self.prefetcher.layers}
+        )

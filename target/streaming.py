@@ -6,6 +6,7 @@ from specdec.target.policy import POLICIES
 
 QUEUE_DEPTH = 8
 PROTECT = (6, 3)
+PREFETCH = ("auto", "off", "draft", "layer")
 
 
 @dataclass(frozen=True)
@@ -15,6 +16,8 @@ class Streaming:
     policy: one of target.policy.POLICIES.
     protect: how many of the first and of the last layers get larger quotas (target/quotas.py).
     rows: of the largest verify pass, which quotas are made for.
+    prefetch: one of PREFETCH, ways of reading ahead (target/prefetch.py). prefetch_bytes: the most
+        that is read ahead in a pass; None for as much as passes miss.
     """
 
     direct: bool = False
@@ -22,6 +25,8 @@ class Streaming:
     policy: str = POLICIES[0]
     protect: tuple[int, int] = PROTECT
     rows: int = 1
+    prefetch: str = PREFETCH[0]
+    prefetch_bytes: int | None = None
 
     @property
     def io(self) -> str:
@@ -32,7 +37,7 @@ class Streaming:
         first, last = self.protect
         return (
             f"{self.io} reads, {self.queue_depth} at a time; policy {self.policy}; "
-            f"first {first} and last {last} layers protected"
+            f"first {first} and last {last} layers protected; prefetch {self.prefetch}"
         )
 
     def __post_init__(self) -> None:
@@ -40,3 +45,5 @@ class Streaming:
         assert self.policy in POLICIES
         assert min(self.protect) >= 0
         assert self.rows >= 1
+        assert self.prefetch in PREFETCH
+        assert self.prefetch_bytes is None or self.prefetch_bytes > 0

@@ -1,6 +1,6 @@
 """The feed-forward of a layer with experts: every expert's weights are read once for all its rows.
 
-One compiled function serves all three operations, so that experts delivered in several waves and
+One compiled function serves all of the operations, so that experts delivered in several waves and
 summed up later give the bits of all at once.
 """
 
@@ -20,6 +20,10 @@ _NO_TABLE = np.zeros(8, np.int64)
 _NO_ROWS = np.zeros((0, 0), np.float32)
 _NO_EXPERTS = np.zeros((0, 0), np.int32)
 _NO_SLOTS = np.zeros(0, np.int32)
+_NO_SCALE = np.zeros(0, np.float32)
+_NONE = _NO_TABLE, _NO_TABLE, _NO_TABLE, _NO_EXPERTS, _NO_SLOTS  # routed experts
+# What is done of the shared expert: what stands between its matrices, and what comes after.
+INNER, OUTER = 1, 2
 
 
 def feed_forward(
@@ -35,9 +39,11 @@ def feed_forward(
     apart = np.empty((routing.experts.size, x.shape[1]), np.float32)
     out = np.empty(x.shape, np.float32)
     some = bank.gate.table, bank.up.table, bank.down.table, routing.experts, table
-    _experts(
-        x, norm.weight, norm.eps, *some, apart, routing.weights, *_always(shared, shared_gate), out
-    )
+    work, hidden = 0, _NO_ROWS
+    if shared is not None and shared_gate is not None:
+        work, hidden = INNER | OUTER, np.empty((len(x), shared.gate.out_features), np.float32)
+    always = *_always(shared, shared_gate), work, hidden
+    _experts(x, norm.weight, norm.eps, *some, apart, routing.weights, *always, out)
     return out
 
 
@@ -48,25 +54,35 @@ def experts_apart(
     rows, top_k = routing.experts.shape
     apart = np.zeros((rows * top_k, x.shape[1]), np.float32)
     some = bank.gate.table, bank.up.table, bank.down.table, routing.experts, table
-    none = _always(None, None)
+    none = *_always(None, None), 0, _NO_ROWS
     _experts(x, norm.weight, norm.eps, *some, apart, _NO_ROWS, *none, _NO_ROWS)
     return apart.reshape(rows, top_k, -1)
 
 
+def shared_hidden(x: np.ndarray, norm: Norm, shared: SharedExpert) -> np.ndarray:
+    """What stands between the shared expert's matrices: [rows, intermediate]."""
+    hidden = np.empty((len(x), shared.gate.out_features), np.float32)
+    tables = shared.gate.table, shared.up.table, shared.down.table
+    always = *tables, _NO_ROWS, 0, INNER, hidden
+    _experts(x, norm.weight, norm.eps, *_NONE, _NO_ROWS, _NO_ROWS, *always, _NO_ROWS)
+    return hidden
+
+
 def combine(
     x: np.ndarray,
-    norm: Norm,
     apart: np.ndarray,
     routing: Routing,
     shared: SharedExpert | None = None,
+    hidden: np.ndarray | None = None,
     shared_gate: Piece | None = None,
 ) -> np.ndarray:
-    """`feed_forward` from what `experts_apart` gave: [rows, hidden]."""
+    """`feed_forward` from what `experts_apart` and `shared_hidden` gave: [rows, hidden]."""
     out = np.empty(x.shape, np.float32)
     flat = np.ascontiguousarray(apart).reshape(-1, x.shape[1])
-    none = _NO_TABLE, _NO_TABLE, _NO_TABLE, _NO_EXPERTS, _NO_SLOTS
     weights = np.ascontiguousarray(routing.weights)
-    _experts(x, norm.weight, norm.eps, *none, flat, weights, *_always(shared, shared_gate), out)
+    work, inner = (0, _NO_ROWS) if hidden is None else (OUTER, hidden)
+    always = *_always(shared, shared_gate), work, inner
+    _experts(x, _NO_SCALE, 0.0, *_NONE, flat, weights, *always, out)
     return out
 
 
@@ -94,19 +110,23 @@ def _experts(  # type: ignore[no-untyped-def]
     shared_down,
     share,
     column,
+    work,
+    hidden,
     out,
 ):
-    """Fill `apart` for the experts given, then sum it up to `out` where that has rows."""
+    """Fill `apart` for the experts given, and `hidden` if `work` says so; then sum up to `out`
+    where that has rows."""
     rows, size = x.shape
     h = np.empty((rows, size), np.float32)
-    for row in range(rows):
-        normalize(x[row], scale, eps, h[row])
+    if len(experts) > 0 or work & INNER:
+        for row in range(rows):
+            normalize(x[row], scale, eps, h[row])
     y = np.empty((0, size), np.float32)
     # The routed experts, then the shared one. One call of `multiply` in the code for all of their
     # matrices: the compiler makes a copy for each call.
     for part in range(2):
         routed = part == 0
-        if len(experts) == 0 if routed else len(out) == 0 or shared_gate[BITS] == 0:
+        if len(experts) == 0 if routed else work == 0:
             continue
         if routed:
             order, used, ends = _by_slot(experts, table)
@@ -119,26 +139,34 @@ def _experts(  # type: ignore[no-untyped-def]
         g_w, u_w = (gate, up) if routed else (shared_gate, shared_up)
         d_w = down if routed else shared_down
         pairs = len(sources)
-        first = _laid_out(g_w, h)
-        second = first if (g_w[BITS] == 4) == (u_w[BITS] == 4) else _laid_out(u_w, h)
-        g = np.empty((pairs, g_w[OUT]), np.float32)
-        u = np.empty((pairs, g_w[OUT]), np.float32)
-        inner = np.empty((pairs, padded_size(d_w)), np.float32)
-        y = np.empty((pairs, size), np.float32)
+        begins = routed or work & INNER > 0
+        ends_here = routed or work & OUTER > 0
+        first = second = h
+        if begins:
+            first = _laid_out(g_w, h)
+            second = first if (g_w[BITS] == 4) == (u_w[BITS] == 4) else _laid_out(u_w, h)
+        g = np.empty((pairs, g_w[OUT]), np.float32) if routed else hidden
+        u = np.empty((pairs if begins else 0, g_w[OUT]), np.float32)
+        inner = np.empty((pairs if ends_here else 0, padded_size(d_w)), np.float32)
+        y = np.empty((pairs if ends_here else 0, size), np.float32)
         straight = np.arange(pairs)
         for phase in range(3):
+            if not (ends_here if phase == 2 else begins):
+                continue
             w = g_w if phase == 0 else u_w if phase == 1 else d_w
             inputs = first if phase == 0 else second if phase == 1 else inner
             at = straight if phase == 2 else sources
             to = g if phase == 0 else u if phase == 1 else y
             if phase == 2:
                 for i in range(pairs):
+                    lay_out(d_w, g[i], inner[i])
+            for group in range(len(used)):
+                multiply(w, used[group], inputs, at, ends[group], ends[group + 1], to, 0)
+            if phase == 1:
+                for i in range(pairs):
                     own, other = g[i], u[i]
                     for j in range(len(own)):
                         own[j] = silu(own[j]) * other[j]
-                    lay_out(d_w, own, inner[i])
-            for group in range(len(used)):
-                multiply(w, used[group], inputs, at, ends[group], ends[group + 1], to, 0)
         if routed:
             for i in range(pairs):
                 apart[order[i]] = y[i]
@@ -150,7 +178,7 @@ def _experts(  # type: ignore[no-untyped-def]
         total = h[row]
         total[:] = 0
         weigh(apart, row * top_k, weights[row], 0, top_k, total)
-        if shared_gate[BITS]:
+        if work & OUTER:
             gate_of_shared[0] = sigmoid(share[row, column])
             weigh(y, row, gate_of_shared, 0, 1, total)
         for i in range(size):

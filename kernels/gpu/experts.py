@@ -75,39 +75,52 @@ def feed_forward(
     shared_gate: Piece | None = None,
 ) -> mx.array:
     """x plus the weighted sum of the experts' outputs for norm(x): T [rows, hidden]."""
-    return _run(x, norm, bank, routing, table, shared, shared_gate, None, False)
+    return _run(x, norm, bank, routing, table, shared, shared_gate)
 
 
 def experts_apart(
     x: mx.array, norm: Norm, bank: ExpertWeights, routing: Routing, table: mx.array
 ) -> mx.array:
     """The experts' outputs, not weighted: float32 [rows, top_k, hidden]; 0 where table says -1."""
-    return _run(x, norm, bank, routing, table, None, None, None, True)
+    return _run(x, norm, bank, routing, table, keep_apart=True)
+
+
+def shared_hidden(x: mx.array, norm: Norm, shared: SharedExpert) -> mx.array:
+    """What stands between the shared expert's matrices: float32 [rows, intermediate]."""
+    formats = None, _formats(shared), None, None
+    launch, _ = _launches(x.shape, x.dtype, norm.weight.dtype, 1, 0, *formats, False)
+    assert launch is not None
+    gates, ups, _ = _arrays(shared)
+    absent = (x, x, x)
+    _, hidden = launch(x, norm.weight, norm.on_device, *absent, *absent, *gates, *ups, *absent)
+    return hidden
 
 
 def combine(
     x: mx.array,
-    norm: Norm,
     apart: mx.array,
     routing: Routing,
     shared: SharedExpert | None = None,
+    hidden: mx.array | None = None,
     shared_gate: Piece | None = None,
 ) -> mx.array:
-    """The bits of `feed_forward`, from what `experts_apart` gave: T [rows, hidden]."""
-    return _run(x, norm, None, routing, routing.experts, shared, shared_gate, apart, False)
+    """The bits of `feed_forward`, from what the two above gave: T [rows, hidden]."""
+    return _run(x, None, None, routing, routing.experts, shared, shared_gate, apart, hidden)
 
 
 def _run(
     x: mx.array,
-    norm: Norm,
+    norm: Norm | None,
     bank: ExpertWeights | None,
     routing: Routing,
     table: mx.array,
-    shared: SharedExpert | None,
-    gate: Piece | None,
-    apart: mx.array | None,
-    keep_apart: bool,
+    shared: SharedExpert | None = None,
+    gate: Piece | None = None,
+    apart: mx.array | None = None,
+    alone: mx.array | None = None,
+    keep_apart: bool = False,
 ) -> mx.array:
+    """apart, alone: what experts_apart and shared_hidden gave; without a norm these are all."""
     experts, used = routing.experts, routing.union
     if bank is None:
         used = experts
@@ -116,7 +129,7 @@ def _run(
     hidden_launch, sum_launch = _launches(
         x.shape,
         x.dtype,
-        norm.weight.dtype,
+        x.dtype if norm is None else norm.weight.dtype,
         experts.shape[1],
         used.shape[0],
         None if bank is None else _formats(bank),
@@ -129,8 +142,8 @@ def _run(
     absent = (x, x, x)
     gates, ups, downs = (absent,) * 3 if bank is None else _arrays(bank)
     shared_gates, shared_ups, shared_downs = (absent,) * 3 if shared is None else _arrays(shared)
-    hidden = shared_hidden = x
-    if hidden_launch is not None:
+    hidden, shared_hidden = x, x if alone is None else alone
+    if norm is not None and hidden_launch is not None:
         hidden, shared_hidden = hidden_launch(
             *(x, norm.weight, norm.on_device),
             *gates,

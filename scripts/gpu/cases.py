@@ -15,7 +15,7 @@ from scripts.gpu.samples import cases as sample_cases
 from scripts.gpu.trees import attention_cases, mix_cases, replay_cases
 from specdec.kernels.array import to_numpy
 from specdec.kernels.attention import AttentionShape, attention_inputs
-from specdec.kernels.experts import combine, experts_apart, feed_forward
+from specdec.kernels.experts import combine, experts_apart, feed_forward, shared_hidden
 from specdec.kernels.linear import Piece, embed, linear
 from specdec.kernels.routing import Routing, route
 
@@ -130,7 +130,7 @@ def route_cases(g: Geometry) -> Iterator[Callable[[], Case]]:
 
 
 def expert_cases(g: Geometry, op: str, dtype: mx.Dtype, real: bool) -> Iterator[Callable[[], Case]]:
-    """feed_forward, or the same by experts_apart in two waves and combine."""
+    """feed_forward, or the same by experts_apart in two waves, shared_hidden and combine."""
 
     def case(dtype: mx.Dtype, rows: int, packing: tuple[int, int], shared: bool) -> Case:
         count = min(g.num_experts, 64)
@@ -158,7 +158,8 @@ def expert_cases(g: Geometry, op: str, dtype: mx.Dtype, real: bool) -> Iterator[
                 for wave in waves
                 if (to_numpy(wave)[chosen] >= 0).any()
             ]
-            return [combine(x, norm, sum(parts[1:], parts[0]), found, own, gate)]
+            hidden = None if own is None else shared_hidden(x, norm, own)
+            return [combine(x, sum(parts[1:], parts[0]), found, own, hidden, gate)]
 
         def reference() -> Outputs:
             found, gate = routed(wide(logits))

@@ -12,6 +12,7 @@ from specdec.kernels.experts import (
     combine,
     experts_apart,
     feed_forward,
+    shared_hidden,
 )
 from specdec.kernels.linear import Piece
 from specdec.kernels.norm import Norm
@@ -115,7 +116,9 @@ def test_feed_forward_is_the_residual_and_the_weighted_sum(backend, shared):
 
     waves = [np.where(table % 2 == wave, table, -1).astype(np.int32) for wave in (0, 1)]
     parts = [experts_apart(*same, bank, routing, on.place(wave)) for wave in waves]
-    assert same_bits(fetch(combine(*same, parts[0] + parts[1], routing, *others)), y)
+    hidden = shared_hidden(*same, others[0]) if shared else None
+    whole = combine(same[0], parts[0] + parts[1], routing, others[0], hidden, others[1])
+    assert same_bits(fetch(whole), y)
 
 
 def _first(weight):
@@ -135,12 +138,11 @@ def test_a_pair_has_the_same_bits_in_any_company(backend, packing, seed, rows, t
     slots = np.stack([rng.permutation(8)[:top_k] for _ in range(rows)]).astype(np.int32)
     weights = rng.random((rows, top_k)).astype(np.float32)
     on = Operations(backend)
-    norm = Norm(on.place(np.ones(HIDDEN, np.float32)), 1e-6)
     y = apart(backend, x, bank, slots)
 
     def total(some):
         routing = Routing(None, on.place(weights[some]))
-        return fetch(combine(on.place(x[some]), norm, on.place(y[some]), routing))
+        return fetch(combine(on.place(x[some]), on.place(y[some]), routing))
 
     order = rng.permutation(rows)[: rng.integers(1, rows + 1)]
     assert same_bits(apart(backend, x[order], bank, slots[order]), y[order])

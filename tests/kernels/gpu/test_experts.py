@@ -10,7 +10,12 @@ import pytest
 
 from specdec.kernels.experts import ExpertWeights, SharedExpert
 from specdec.kernels.gpu import experts as gpu
-from specdec.kernels.gpu.experts import combine, experts_apart, feed_forward
+from specdec.kernels.gpu.experts import (
+    combine,
+    experts_apart,
+    feed_forward,
+    shared_hidden,
+)
 from specdec.kernels.gpu.limits import Unsupported
 from specdec.kernels.linear import Piece
 from specdec.kernels.norm import Norm
@@ -222,7 +227,8 @@ def test_waves_of_streamed_experts_add_up_to_the_whole(shared, dtype, options):
     piece = None if made.shared is None else Piece(gate, 3, 1)
     for given in (routing, Routing(routing.experts, routing.weights)):  # it needs no union
         with through_shim(**options):
-            y = combine(x, made.norm, apart, given, made.shared, piece)
+            hidden = None if made.shared is None else shared_hidden(x, made.norm, made.shared)
+            y = combine(x, apart, given, made.shared, hidden, piece)
         assert y.dtype == dtype
         assert np.array_equal(exact(y), whole)
     if made.shared is None:  # in the order of ranks, each product and sum rounded once
