@@ -264,7 +264,7 @@ def test_an_error_amid_a_round_leaves_the_session_usable(
         elif where == "verify":
             patch.setattr(type(last_layer.mlp), "__call__", stumble)
         elif where == "choose":
-            patch.setattr(engine, "choose", stumble)
+            patch.setattr(engine.chooser, "walk", stumble)
         else:
             patch.setattr(engine.draft, "extend", stumble)
         with pytest.raises(error):

@@ -52,7 +52,7 @@ class Script:
         self.target = SimpleNamespace(config=config, experts=experts, tolerance=None, clock=None)
         self.context = self.max_budget = None
 
-    def prefill(self, tokens, drafting, on_progress) -> Prefill:
+    def prefill(self, tokens, drafting, on_progress, sampling) -> Prefill:
         if self.interrupt == 0:
             raise KeyboardInterrupt
         self.done, self.number = 1, 0
