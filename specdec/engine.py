@@ -98,6 +98,7 @@ class Engine:
         misses, stall = self.target.experts.waited()
         times = [perf_counter()]
         tree = DraftTree.root(self._bonus)
+        self.target.foresee(tree)  # its reads go on while the draft is asked
         block = self._propose(limit) if limit > 1 else None
         if block is None and told >= CATCH_UP_ROWS:
             self._tell_draft()
@@ -105,6 +106,7 @@ class Engine:
         times.append(perf_counter())
         if block is not None:
             tree = budget.cut(self.chooser.grow(self._bonus, block, limit, kind))
+            self.target.foresee(tree)
         times.append(perf_counter())
         output = self.target.verify(tree)
         path, bonus = self.chooser.walk(tree, output.logits)

@@ -24,6 +24,7 @@ from specdec.target.config import TargetConfig
 from specdec.target.expert_counters import LayerCounters
 from specdec.target.expert_reader import ReadCounters
 from specdec.target.layer_clock import LayerTime
+from specdec.target.prefetch import PrefetchUse
 from specdec.target.streaming import Streaming
 from specdec.target.tolerance import LayerSubstitutions
 from specdec.tokenizer import Tokenizer
@@ -65,8 +66,8 @@ class Result:
     seconds_to_first_token: from the request on, prefill included; to the interrupt if none came.
     decode_seconds: from the first token to the end.
     experts: expert traffic of this request, prefill included; prompt_bytes_read: the prefill's.
-    reads: what the disk delivered for it. streaming: how experts were read and kept. None where
-        nothing told.
+    reads: what the disk delivered for it. streaming: how experts were read and kept. prefetch: how
+        they were foreseen. None where nothing told.
     layer_times: seconds per layer, where --timing asked for them.
     substitutions: per layer what --cache-tolerance changed; None where routing was exact.
     sampling: how the tokens were chosen.
@@ -85,6 +86,7 @@ class Result:
     prompt_bytes_read: int = 0
     reads: ReadCounters | None = None
     streaming: Streaming | None = None
+    prefetch: PrefetchUse | None = None
     layer_times: tuple[LayerTime, ...] | None = None
     sampling: Sampling = GREEDY
     plain_reason: str | None = None
@@ -117,6 +119,7 @@ def generate(
     _check_plan(engine, request, limit)
     writer = Writer(tokenizer.detokenizer(), request.stop, request.eos_ids, limit, on_text)
     engine.target.experts.reset_counters()
+    engine.target.prefetcher.reset()
     tolerance = engine.target.tolerance
     if tolerance is not None:
         tolerance.reset()
@@ -174,6 +177,7 @@ def generate(
         prompt_bytes_read=prompt_bytes,
         reads=engine.target.experts.reads(),
         streaming=engine.target.experts.streaming,
+        prefetch=engine.target.prefetcher.use(),
         layer_times=clock.times() if clock is not None else None,
         sampling=request.sampling,
         substitutions=tolerance.counts() if tolerance is not None else None,

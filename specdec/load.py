@@ -123,7 +123,7 @@ def load(
             on_plan(plan)
         mx.set_cache_limit(KEPT_BYTES)
         backend = found.backend
-        streaming = replace(settings.streaming, rows=verify_rows(settings.budget))
+        streaming = replace(_streaming(settings), rows=verify_rows(settings.budget))
         cache = ExpertCache(found.store, plan.pinned, plan.slots, backend.dtype, streaming)
         taps = found.draft[1].target_layer_ids if found.draft else ()
         target = Target.load(found.target, found.config, cache, backend, taps)
@@ -197,5 +197,14 @@ def _plan(found: _Headers, settings: Settings) -> MemoryPlan:
         memory_bytes=None if memory is None else int(memory * GB),
         runtime_bytes=resident_bytes(),
         compiler_bytes=COMPILER_BYTES if found.backend.name == "cpu" else 0,
-        streaming=settings.streaming,
+        streaming=_streaming(settings),
     )
+
+
+def _streaming(settings: Settings) -> Streaming:
+    """How experts are read and kept. What `auto` prefetches depends on the clock; cache-aware
+    routing would make that the output's business."""
+    how = settings.streaming
+    if settings.cache_tolerance > 0 and how.prefetch == "auto":
+        return replace(how, prefetch="off")
+    return how

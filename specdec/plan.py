@@ -35,6 +35,7 @@ from specdec.target.pins import pinned_layers, share_slots
 from specdec.target.quotas import union
 from specdec.target.store import Store
 from specdec.target.streaming import Streaming
+from specdec.target.token_table import table_bytes
 from specdec.units import size
 
 # What MLX keeps of freed buffers on a CPU; load sets the same limit everywhere.
@@ -42,6 +43,7 @@ KEPT_BYTES = 32 << 20
 # Numba and LLVM, and what compiling the CPU kernels for the first time takes (measured: 150 MB
 # when they come from its cache, 280 MB when not).
 COMPILER_BYTES = 300_000_000
+ROUTING_TABLE = "routing table"
 
 
 class Part(NamedTuple):
@@ -108,11 +110,14 @@ def make_plan(
             for name, count in dense_parts(store.checkpoint, store.config, sizes.dtype).items()
         ),
     ]
-    reads = [_reads_part(streaming)] if streaming is not None else []
+    reads = _reads_parts(store, streaming) if streaming is not None else []
     others = reads + _state_parts(store, draft, sizes) + _scratch_parts(store, draft, sizes)
     fixed = sum(part.bytes for part in (*weights, *others))
     experts = _Experts(store, sizes)
     pins, slots = experts.choose(cap - fixed, pin_layers, cache_slots)
+    if not slots:  # nothing is read while it runs
+        others = [part for part in others if part.name != ROUTING_TABLE]
+        fixed = sum(part.bytes for part in (*weights, *others))
     total = fixed + experts.bytes(pins, slots)
     if total > cap:
         best = experts.choose(cap - fixed, None, None)
@@ -132,8 +137,13 @@ def make_plan(
     return MemoryPlan(parts, cap, cap_note, pinned_layers(pins, store.layers), slots)
 
 
-def _reads_part(streaming: Streaming) -> Part:
-    return Part("expert reads", reader_bytes(streaming.queue_depth), str(streaming))
+def _reads_parts(store: Store, streaming: Streaming) -> list[Part]:
+    parts = [Part("expert reads", reader_bytes(streaming.queue_depth), str(streaming))]
+    if streaming.prefetch in ("auto", "draft"):
+        config = store.config
+        count = table_bytes(config.vocab_size, len(store.layers), config.top_k)
+        parts.append(Part(ROUTING_TABLE, count, "experts by token, for prefetch"))
+    return parts
 
 
 def _state_parts(

@@ -10,6 +10,7 @@ MAX_BUDGET = 256
 KERNELS = ("metal", "cuda", "cpu", "reference")  # kernels.array.BACKENDS, without importing MLX
 IO = ("buffered", "direct")
 POLICIES = ("lru", "s3-fifo")  # target.policy.POLICIES, without importing NumPy
+PREFETCH = ("auto", "off", "draft", "layer")  # target.streaming.PREFETCH
 TREES = ("best-first", "chain", "spine")
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -55,7 +56,7 @@ class FirstLast(click.ParamType):
 
 def memory_options(command: Command) -> Command:
     """--pin-layers, --cache-slots, --memory-gb, --prefill-chunk; how experts are read and kept:
-    --io, --queue-depth, --policy, --protect."""
+    --io, --queue-depth, --policy, --protect, --prefetch, --prefetch-mb."""
     for option in (
         click.option(
             "--prefill-chunk",
@@ -92,6 +93,20 @@ def memory_options(command: Command) -> Command:
             metavar="F,L",
             show_default=True,
             help="The first F and the last L layers can lose fewer of their slots to others.",
+        ),
+        click.option(
+            "--prefetch-mb",
+            type=click.FloatRange(min=0, max=1e6, min_open=True),
+            callback=_finite,
+            metavar="MB",
+            help="Most that is read ahead per forward pass.  [default: as much as passes miss]",
+        ),
+        click.option(
+            "--prefetch",
+            type=click.Choice(PREFETCH),
+            default=PREFETCH[0],
+            show_default=True,
+            help="Read experts ahead by token, by the next layer's router, or as it pays.",
         ),
         click.option(
             "--policy",

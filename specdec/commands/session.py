@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import click
+
 from specdec.commands.console import Console
 from specdec.metrics import Memory, peak_process_bytes
 from specdec.units import size, table
@@ -42,8 +44,18 @@ def settings(
             queue_depth=options["queue_depth"],
             policy=options["policy"],
             protect=options["protect"],
+            prefetch=options["prefetch"],
+            prefetch_bytes=_prefetch_bytes(options),
         ),
     )
+
+
+def _prefetch_bytes(options: Mapping[str, Any]) -> int | None:
+    if options["prefetch_mb"] is None:
+        return None
+    if options["prefetch"] == "off":
+        raise click.UsageError("--prefetch-mb is of no use with --prefetch off.")
+    return max(1, int(options["prefetch_mb"] * 1e6))
 
 
 def door(options: Mapping[str, Any]) -> "tuple[Tokenizer, TargetConfig]":
