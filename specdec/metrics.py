@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from specdec.errors import SpecdecError
 from specdec.expert_metrics import ExpertMetrics, expert_metrics
 from specdec.ratio import ratio
+from specdec.sampling import GREEDY, Sampling
 from specdec.substitutions import SubstitutionMetrics, substitutions
 
 if TYPE_CHECKING:  # for types only: counting must not pay for importing MLX
@@ -71,6 +72,7 @@ class Metrics:
     drafted_share: accepted / (accepted + rounds), the share of tokens that came from the draft.
     depths: P(accepted >= k) for k = 1 .. deepest tree.
     substitutions: None where routing was exact.
+    sampling: how the tokens were chosen.
     """
 
     prompt_tokens: int
@@ -92,6 +94,7 @@ class Metrics:
     experts: ExpertMetrics
     token_sha256: str
     substitutions: SubstitutionMetrics | None = None
+    sampling: Sampling = GREEDY
 
 
 @dataclass(frozen=True)
@@ -152,6 +155,7 @@ def measure(result: "Result") -> Metrics:
         experts=expert_metrics(result),
         token_sha256=result.token_sha256,
         substitutions=substitutions(result.substitutions, len(result.tokens)),
+        sampling=result.sampling,
     )
 
 

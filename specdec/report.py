@@ -8,6 +8,7 @@ def summary(metrics: Metrics, memory: Memory) -> str:
     """The figures of one run, one subject a line."""
     rows = [
         ("prompt", _prompt(metrics)),
+        ("sampling", str(metrics.sampling)),
         ("generated", _generated(metrics)),
         ("acceptance", _acceptance(metrics)),
         *_depths(metrics),
@@ -52,7 +53,8 @@ def side_by_side(comparison: Comparison, memory: Memory) -> str:
         ("waited for reads, s", *(number(run.experts.stall_seconds, 2) for run in runs)),
         ("evictions", *(str(run.experts.evictions) for run in runs)),
     ]
-    lines = [table(rows), "", f"mean acceptance length: {ACCEPTANCE_LENGTH}"]
+    lines = [table(rows), "", f"sampling    {comparison.speculative.sampling}"]
+    lines.append(f"mean acceptance length: {ACCEPTANCE_LENGTH}")
     lines += [f"{label:<12}{text}" for label, text in _depths(comparison.speculative)]
     for name, run in (("plain", comparison.plain), ("speculative", comparison.speculative)):
         lines += [f"{label:<12}{name}: {text}" for label, text in substitution_rows(run)]
@@ -75,9 +77,14 @@ def verdict(comparison: Comparison) -> list[str]:
                 f"            Speculation was SLOWER than plain decoding here: {speedup:.2f} times "
                 "its speed. A smaller --budget may help."
             )
-    exact = comparison.speculative.substitutions is None
-    if not exact and not comparison.equal:
+    run = comparison.speculative
+    if not comparison.equal and run.substitutions is not None:
         lines.append("tokens      differ, as they may with --cache-tolerance")
+    elif not comparison.equal and not run.sampling.same_for_every_budget:
+        lines.append(
+            "tokens      differ, as they do with --accept swor: drawn from the same distribution, "
+            "not the same draws"
+        )
     elif comparison.equal:
         lines.append(f"tokens      equal, sha256 {comparison.plain.token_sha256}")
     else:

@@ -17,6 +17,7 @@ from specdec.commands.options import (
     timing_option,
     tree_option,
 )
+from specdec.commands.sampling import sampling, sampling_options
 from specdec.commands.watch import Watch, watch_options
 from specdec.commands.watch import check as check_watch
 from specdec.errors import DisagreementError, PromptError, SpecdecError
@@ -57,6 +58,7 @@ def read_lines(path, encoding="utf-8"):
     help=f"Tree nodes per round; 1: plain decoding.  [default: {DEFAULT_BUDGET}, without draft 1]",
 )
 @tree_option
+@sampling_options(default_seed=None)
 @timing_option
 @click.option("--stop", multiple=True, metavar="TEXT", help="End before this text; repeatable.")
 @click.option("--ignore-eos", is_flag=True, help="Do not end at the model's end tokens.")
@@ -71,6 +73,7 @@ def generate(**options: Any) -> None:
     console = Console(options["quiet"])
     prompt = _prompt(options)
     budget = _budget(options, console)
+    chosen = sampling(options, console, budget)
 
     from specdec import record
     from specdec.commands import session
@@ -98,6 +101,7 @@ def generate(**options: Any) -> None:
             max_tokens=options["max_tokens"],
             stop=options["stop"],
             eos_ids=eos_ids,
+            sampling=chosen,
         )
         runs, watch = _Runs(loaded, console), Watch(options, tokenizer, console)
         ended: BaseException | None = None
@@ -112,13 +116,14 @@ def generate(**options: Any) -> None:
         session.save_uses(options, uses)
         told = _tell(runs.results, memory, console)
         if not isinstance(ended, SpecdecError):
-            settings = {**options, "budget": budget}
+            settings = {**options, "budget": budget, "seed": chosen.seed}
             head = record.head("generate", settings, loaded.backend, loaded.plan, memory, warmed)
             told["vocabulary"] = vocabulary(tokenizer, runs.results.values())
             file.write(head | {"partial": ended is not None, "prompt": text} | told)
     if ended is not None:
         raise ended
-    if not options["cache_tolerance"]:  # with it they may differ, and the report says so
+    # Otherwise they may differ, and the report says so.
+    if chosen.same_for_every_budget and not options["cache_tolerance"]:
         _check_agreement(runs.results)
 
 
