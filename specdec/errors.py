@@ -60,6 +60,10 @@ class ResumeError(SpecdecError):
     """A file of earlier runs cannot be read, or was made under other conditions."""
 
 
+class RunFileError(SpecdecError):
+    """A file of runs cannot be read, is of another kind or schema, or is damaged."""
+
+
 class DisagreementError(SpecdecError):
     """Two runs that must emit the same tokens did not: a bug in this engine, never bad input."""
 

@@ -90,8 +90,8 @@ def from_json(rounds: Sequence[dict[str, Any]], first: Sequence[Round] = ()) -> 
         else:
             raise ValueError(f"round {at} has no tree, and no earlier run of its setting has one")
         seconds = PhaseSeconds(**{name: float(one["seconds"][name]) for name in _PHASES})
-        told = {name: one[name] for name in ("budget", "context", "misses", "stall")}
-        done.append(Round(tree, path, bonus, seconds, **told))
+        counts = {name: int(one[name]) for name in ("budget", "context", "misses")}
+        done.append(Round(tree, path, bonus, seconds, **counts, stall=float(one["stall"])))
     return tuple(done)
 
 
