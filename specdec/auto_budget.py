@@ -27,6 +27,7 @@ AUTO_NODES = 16
 PLAIN_ROUNDS = 2  # of a first text, to know what plain decoding costs; the first may compile
 REFRESH = 64  # drafted rounds after which plain decoding is measured again
 SHORTEST = 1e-9  # seconds; for clocks that stand still
+HICCUP = 2.0  # times the expected cost; what a round takes beyond it says nothing of drafting
 EXPLORE = 32  # drafted rounds after which one row count is chosen for what it may be
 
 
@@ -57,7 +58,7 @@ class Auto:
             return 1
         if self._since_plain > REFRESH * max(1.0, self._even.advantage) ** 2:
             return 1
-        risk = self.costs.draft(self._untold) / self._plain
+        risk = self.costs.draft(self._context, self._untold) / self._plain
         return self.nodes if self._even.pays(risk) else 1
 
     def cut(self, tree: DraftTree) -> DraftTree:
@@ -65,7 +66,7 @@ class Auto:
         weights = list(accumulate(self.calibration.weights(self._edges)))
         explore = self._rounds % EXPLORE == EXPLORE - 1
         passes = self.costs.passes(self._context, optimism=1.0 if explore else 0.0).tolist()
-        draft = self.costs.draft(self._untold)
+        draft = self.costs.draft(self._context, self._untold)
         # Twice the rows that were ever tried, at most: a wrong guess of a cost is cheap then.
         rows = min(tree.rows, 2 * self.costs.most_rows)
         best, most = 0, 0.0
@@ -96,12 +97,8 @@ class Auto:
             self._even.plain(drafting / plain)
             return
         total = drafting + seconds.verify + seconds.commit
-        self._even.drafted(
-            self._seconds / plain,
-            min(total, 2 * self._seconds) / plain,
-            self._expected,
-            len(done.tokens),
-        )
+        total = min(total, HICCUP * self._seconds)
+        self._even.drafted(total / plain, self._expected, len(done.tokens))
         if self._even.pausing and self.reason is None:
             tokens = self._even.round_tokens
             self.reason = (

@@ -7,8 +7,9 @@ drafting does not pay, plain decoding goes on and drafting is tried again after 
 rounds, 64 at most.
 
 The guarantee: what drafted rounds took beyond plain decoding of the same tokens, catching up
-included, is added up. No round drafts while that stands above `CREDIT` plain rounds + `SHARE` of
-all the time since the text began; so it ends at most one round above.
+included, is added up. No round drafts that would bring it above `CREDIT` plain rounds + `SHARE` of
+all the time since the text began; unless `SHARE` of the plain rounds since the last drafted one, in
+this text and those before, pays for it.
 """
 
 FORGET = 0.8  # of the evidence, per drafted round
@@ -26,6 +27,8 @@ class BreakEven:
 
     def __init__(self) -> None:
         self._session_tokens, self._session_cost = 5 * PRIOR * HOPE, 5 * PRIOR
+        self._since = 0  # plain rounds since the last drafted one, over all texts
+        self._next_wait = FIRST_WAIT
         self.begin()
 
     def begin(self) -> None:
@@ -33,10 +36,13 @@ class BreakEven:
         before = min(HOPE, self._session_tokens / self._session_cost)
         # Of drafted rounds: how many, their tokens, and what they took in plain rounds.
         self._rounds, self._tokens, self._cost = PRIOR / 2, before * PRIOR, PRIOR
-        self._wait, self._next_wait = 0, FIRST_WAIT
         self._loss = self._spent = 0.0  # in plain rounds
+        self._wait = 0
         if self.advantage < 1 - MARGIN:
-            self._wait = FIRST_WAIT // 2
+            self._wait = self._next_wait // 4
+            self._next_wait = max(FIRST_WAIT, self._next_wait // 2)
+        else:
+            self._next_wait = FIRST_WAIT
 
     @property
     def advantage(self) -> float:
@@ -63,9 +69,10 @@ class BreakEven:
         if self._wait > 0:
             self._wait -= 1
             return False
-        return self._loss + risk <= CREDIT + SHARE * self._spent
+        allowed = CREDIT + SHARE * self._spent
+        return self._loss + risk <= allowed or risk <= SHARE * self._since
 
-    def drafted(self, cost: float, took: float, expected: float, tokens: int) -> None:
+    def drafted(self, cost: float, expected: float, tokens: int) -> None:
         """A drafted round took `cost` plain rounds; expected and emitted tokens."""
         counted = (expected + tokens) / 2
         self._rounds = FORGET * self._rounds + 1
@@ -73,8 +80,9 @@ class BreakEven:
         self._cost = FORGET * self._cost + cost
         self._session_tokens = SESSION * self._session_tokens + counted
         self._session_cost = SESSION * self._session_cost + cost
-        self._loss += took - tokens
-        self._spent += took
+        self._since = 0
+        self._loss += cost - tokens
+        self._spent += cost
         if self.advantage < 1 - MARGIN:
             self._wait, self._next_wait = self._next_wait, min(2 * self._next_wait, LAST_WAIT)
         else:
@@ -85,5 +93,6 @@ class BreakEven:
         self._rounds *= FADE
         self._tokens *= FADE
         self._cost *= FADE
+        self._since += 1
         self._loss += extra
         self._spent += 1 + extra

@@ -2,10 +2,10 @@
 
     draft + verify(rows) + misses(rows) x time of a miss
 
-Draft is a median: its cost hardly depends on the tree. Verify, commit included, is a curve over
-rows and context without the time in which reads were waited for. Experts that have to be read are a
-curve of their own, because how many a pass misses depends on what the slots hold by now, and what
-one costs on the disk and on how much of it hides behind computing.
+Draft is a median, in passes of one row: its cost hardly depends on the tree. Verify, commit
+included, is a curve over rows and context without the time in which reads were waited for. Experts
+that have to be read are a curve of their own, because how many a pass misses depends on what the
+slots hold by now, and what one costs on the disk and on how much of it hides behind computing.
 """
 
 from collections import deque
@@ -36,6 +36,7 @@ class RoundCosts:
         self.verify = CostCurve([1 + PER_ROW * i for i in range(rows)], PASS_NOISE)
         needed = [union(experts, top_k, i + 1) for i in range(rows)]
         self.misses = CostCurve([one / needed[0] for one in needed], MISS_NOISE)
+        self._drafted = False
         self._drafts: deque[float] = deque(maxlen=DRAFTS)
         self._catching_up: deque[float] = deque(maxlen=DRAFTS)
         self._plain: list[float] = []  # rounds of plain decoding that were not learned from yet
@@ -61,24 +62,26 @@ class RoundCosts:
             self.misses.add(rows, 0, done.misses + 1)
             self._missed = FORGET * self._missed + done.misses
             self._stalled = FORGET * self._stalled + done.stall
+        unit = self._unit(done.context)
         if done.budget == 1:
-            if done.told:
-                self._catching_up.append(drafting / done.told)
+            if done.told and unit:
+                self._catching_up.append(drafting / done.told / unit)
             self._plain.append(took)
             if len(self._plain) == PLAIN_BATCH or self.plain_rounds < PLAIN_BATCH:
                 self._flush(done.context)
             return
-        if done.told <= FEW_TOLD:
-            self._drafts.append(drafting)
+        if done.told <= FEW_TOLD and self._drafted and unit:  # the first may compile
+            self._drafts.append(drafting / unit)
+        self._drafted = True
         self._flush(done.context)
         self.verify.add(rows, done.context, took)
 
-    def draft(self, told: int = 0) -> float:
+    def draft(self, context: int, told: int = 0) -> float:
         """Proposing a block and building its tree, once `told` tokens have been caught up with."""
-        seconds = median_low(self._drafts) if self._drafts else 0.0
+        units = median_low(self._drafts) if self._drafts else 0.0
         if told > FEW_TOLD and self._catching_up:
-            seconds += told * median_low(self._catching_up)
-        return seconds
+            units += told * median_low(self._catching_up)
+        return units * self._unit(context)
 
     def plain(self, context: int) -> float:
         """A round of plain decoding."""
@@ -93,6 +96,10 @@ class RoundCosts:
         if self.misses.known:
             seconds = seconds + self._reading * np.maximum(self.misses.costs(0, optimism) - 1, 0.0)
         return seconds
+
+    def _unit(self, context: int) -> float:
+        """What drafting is measured by: a machine that is slower now is slower at both."""
+        return self.verify.one_row(context) if self.verify.known else 0.0
 
     @property
     def _reading(self) -> float:
