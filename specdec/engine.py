@@ -96,6 +96,7 @@ class Engine:
         assert self._bonus is not None, "step before prefill"
         limit, context, told = budget.limit(), self.target.length, self._untold_rows()
         misses, stall = self.target.experts.waited()
+        asked = sum(self.target.experts.slot_requests())
         times = [perf_counter()]
         tree = DraftTree.root(self._bonus)
         self.target.foresee(tree)  # its reads go on while the draft is asked
@@ -121,7 +122,16 @@ class Engine:
         seconds = PhaseSeconds(*np.diff(times).tolist())
         missed, stalled = self.target.experts.waited()
         done = Round(
-            tree, path, bonus, seconds, limit, context, told, missed - misses, stalled - stall
+            tree,
+            path,
+            bonus,
+            seconds,
+            budget=limit,
+            context=context,
+            told=told,
+            experts=sum(self.target.experts.slot_requests()) - asked,
+            misses=missed - misses,
+            stall=stalled - stall,
         )
         budget.learn(done)
         return done

@@ -38,6 +38,7 @@ class Round:
     context: committed tokens before the round.
     told: committed tokens that the draft was told of in this round's draft phase.
     misses, stall: experts that were not in memory when asked for, and seconds waited for them.
+    experts: all that layers which are not pinned asked for, each once per layer.
     """
 
     tree: DraftTree
@@ -49,6 +50,7 @@ class Round:
     told: int = 0
     misses: int = 0
     stall: float = 0.0
+    experts: int = 0
 
     def __post_init__(self) -> None:
         assert self.path[0] == 0

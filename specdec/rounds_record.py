@@ -38,6 +38,7 @@ def to_json(rounds: Sequence[Round]) -> list[dict[str, Any]]:
             ],
             "path": list(one.path),
             "bonus": one.bonus,
+            "experts": one.experts,
             "misses": one.misses,
             "stall": round(one.stall, 7),
             "seconds": {name: round(value, 7) for name, value in asdict(one.seconds).items()},
@@ -90,7 +91,7 @@ def from_json(rounds: Sequence[dict[str, Any]], first: Sequence[Round] = ()) -> 
         else:
             raise ValueError(f"round {at} has no tree, and no earlier run of its setting has one")
         seconds = PhaseSeconds(**{name: float(one["seconds"][name]) for name in _PHASES})
-        counts = {name: int(one[name]) for name in ("budget", "context", "misses")}
+        counts = {name: int(one[name]) for name in ("budget", "context", "experts", "misses")}
         done.append(Round(tree, path, bonus, seconds, **counts, stall=float(one["stall"])))
     return tuple(done)
 
