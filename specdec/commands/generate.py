@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from specdec.commands.budgets import Budget, NodesOrAuto, max_budget_option, planned
 from specdec.commands.console import Console
 from specdec.commands.live import LiveLine
 from specdec.commands.options import (
-    MAX_BUDGET,
     model_options,
     routing_options,
     timing_option,
@@ -54,9 +54,11 @@ def read_lines(path, encoding="utf-8"):
 )
 @click.option(
     "--budget",
-    type=click.IntRange(1, MAX_BUDGET),
-    help=f"Tree nodes per round; 1: plain decoding.  [default: {DEFAULT_BUDGET}, without draft 1]",
+    type=NodesOrAuto(),
+    help="Tree nodes per round; 1: plain decoding; auto: as many as pay, round by round, or none.  "
+    f"[default: {DEFAULT_BUDGET}, without draft 1]",
 )
+@max_budget_option
 @tree_option
 @sampling_options(default_seed=None)
 @timing_option
@@ -73,7 +75,8 @@ def generate(**options: Any) -> None:
     console = Console(options["quiet"])
     prompt = _prompt(options)
     budget = _budget(options, console)
-    chosen = sampling(options, console, budget)
+    largest = planned((budget,), options["max_budget"])
+    chosen = sampling(options, console, largest)
 
     from specdec import record
     from specdec.commands import session
@@ -90,7 +93,7 @@ def generate(**options: Any) -> None:
         text, tokens = _encode(tokenizer, prompt, options)
         check_prompt(tokens, config)
         context = len(tokens) + options["max_tokens"]
-        loaded = session.load(options, len(tokens), context, budget, console, tokenizer)
+        loaded = session.load(options, len(tokens), context, largest, console, tokenizer)
         routing.begin(loaded, options["cache_tolerance"])
         warmed = session.warm(options, loaded, console)
         uses = session.count_uses(options, loaded)
@@ -102,6 +105,7 @@ def generate(**options: Any) -> None:
             stop=options["stop"],
             eos_ids=eos_ids,
             sampling=chosen,
+            max_budget=largest if budget == "auto" else None,
         )
         runs, watch = _Runs(loaded, console), Watch(options, tokenizer, console)
         ended: BaseException | None = None
@@ -109,7 +113,7 @@ def generate(**options: Any) -> None:
             if options["compare"]:
                 _compare(runs, request, console, watch)
             else:
-                runs.make("speculative" if budget > 1 else "autoregressive", request, watch)
+                runs.make("autoregressive" if budget == 1 else "speculative", request, watch)
         except (KeyboardInterrupt, SpecdecError) as error:
             ended = error  # what was done until then is told first
         memory = session.memory(loaded.plan)
@@ -170,18 +174,18 @@ def _prompt(options: dict[str, Any]) -> str:
     return text
 
 
-def _budget(options: dict[str, Any], console: Console) -> int:
+def _budget(options: dict[str, Any], console: Console) -> Budget:
     """The budget as asked for; without a draft only 1 is possible."""
-    budget: int | None = options["budget"]
+    budget: Budget | None = options["budget"]
     has_draft = options["draft"] is not None or options["model"] is None
     if has_draft:
         return budget or DEFAULT_BUDGET
     if options["compare"]:
         raise click.UsageError("--compare needs a draft: give --draft.")
-    if budget is None:
+    if budget in (None, "auto"):
         console.note("no --draft: plain decoding, budget 1")
         return 1
-    if budget > 1:
+    if budget != 1:
         raise click.UsageError(f"--budget {budget} needs a draft: give --draft, or --budget 1.")
     return budget
 
@@ -272,6 +276,13 @@ def _tell(results: "dict[str, Result]", memory: "Memory", console: Console) -> d
     from specdec.report import side_by_side, summary
 
     console.say("\n")
+    for result in results.values():
+        if result.plain_reason is not None:
+            plain = sum(one.budget == 1 for one in result.rounds)
+            console.note(
+                f"note: --budget auto decoded {plain} of {len(result.rounds)} rounds without "
+                f"drafting: {result.plain_reason}"
+            )
     document: dict[str, Any] = {
         "runs": {name: record.run(result, measure(result)) for name, result in results.items()},
         "comparison": None,
