@@ -8,6 +8,7 @@ A figure whose divisor is zero is None, never 0 or infinity.
 
 import resource
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,6 +74,8 @@ class Metrics:
     depths: P(accepted >= k) for k = 1 .. deepest tree.
     substitutions: None where routing was exact.
     sampling: how the tokens were chosen.
+    tree_sizes: (nodes verified, rounds) ascending; 0 nodes are plain decoding.
+    plain_reason: why budget "auto" went on without drafting for a while; None where it did not.
     """
 
     prompt_tokens: int
@@ -95,6 +98,8 @@ class Metrics:
     token_sha256: str
     substitutions: SubstitutionMetrics | None = None
     sampling: Sampling = GREEDY
+    tree_sizes: tuple[tuple[int, int], ...] = ()
+    plain_reason: str | None = None
 
 
 @dataclass(frozen=True)
@@ -156,6 +161,8 @@ def measure(result: "Result") -> Metrics:
         token_sha256=result.token_sha256,
         substitutions=substitutions(result.substitutions, len(result.tokens)),
         sampling=result.sampling,
+        tree_sizes=tuple(sorted(Counter(one.tree.rows - 1 for one in rounds).items())),
+        plain_reason=result.plain_reason,
     )
 
 

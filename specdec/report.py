@@ -11,6 +11,7 @@ def summary(metrics: Metrics, memory: Memory) -> str:
         ("sampling", str(metrics.sampling)),
         ("generated", _generated(metrics)),
         ("acceptance", _acceptance(metrics)),
+        *_tree_sizes(metrics),
         *_depths(metrics),
         ("round", _phases(metrics)),
         ("experts", _experts(metrics)),
@@ -55,7 +56,8 @@ def side_by_side(comparison: Comparison, memory: Memory) -> str:
     ]
     lines = [table(rows), "", f"sampling    {comparison.speculative.sampling}"]
     lines.append(f"mean acceptance length: {ACCEPTANCE_LENGTH}")
-    lines += [f"{label:<12}{text}" for label, text in _depths(comparison.speculative)]
+    about = _tree_sizes(comparison.speculative) + _depths(comparison.speculative)
+    lines += [f"{label:<12}{text}" for label, text in about]
     for name, run in (("plain", comparison.plain), ("speculative", comparison.speculative)):
         lines += [f"{label:<12}{name}: {text}" for label, text in substitution_rows(run)]
     lines.append(f"streaming   {_streaming(comparison.speculative)}")
@@ -145,6 +147,14 @@ def _acceptance(metrics: Metrics) -> str:
             f"({percent(metrics.acceptance_rate)})"
         )
     return text
+
+
+def _tree_sizes(metrics: Metrics) -> list[tuple[str, str]]:
+    """How many nodes were verified, where that was decided round by round."""
+    if len(metrics.tree_sizes) < 2:
+        return []
+    sizes = ", ".join(f"{nodes}: {rounds}" for nodes, rounds in metrics.tree_sizes)
+    return [("", f"rounds by nodes verified: {sizes}")]
 
 
 def _depths(metrics: Metrics) -> list[tuple[str, str]]:
