@@ -1,0 +1,106 @@
+"""One measured run of a rig, and medians of several."""
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from time import perf_counter
+
+from scripts.streaming.rig import Rig
+from scripts.streaming.trace import Trace
+from specdec.budget import Budget
+
+PROMPT = 8  # tokens of the trace that are prefilled
+SETTLE = 2  # rounds before the clock starts
+
+
+@dataclass(frozen=True)
+class Run:
+    """Figures of one run; times in seconds, all without the prompt and the first rounds."""
+
+    tokens: int
+    rounds: int
+    seconds: float
+    bytes_read: int
+    read_seconds: float
+    stall_seconds: float
+    hits: int
+    misses: int
+
+    @property
+    def rate(self) -> float:
+        """Tokens per second."""
+        return self.tokens / self.seconds
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Medians over runs of one setting; per committed token unless said otherwise.
+
+    bandwidth: bytes per second while a read is under way, 0 where nothing is read.
+    rate_share: rate by that of the setting it is compared to, the median of each repeat's own.
+    """
+
+    rate: float
+    seconds: float
+    bytes: float
+    stall_seconds: float
+    bandwidth: float
+    hit_rate: float
+    acceptance: float
+    rate_share: float
+
+
+def measure(
+    rig: Rig,
+    trace: Trace,
+    first: int,
+    budget: Budget,
+    tokens: int,
+    drafting: bool = False,
+    settle: int = SETTLE,
+) -> Run:
+    """Decode at least `tokens` tokens of the trace after its position `first`, slots warm, after
+    `settle` rounds that do not count. drafting: whether the budget may ask for more than 1."""
+    rig.warm(trace, first)
+    rig.play(trace, first, PROMPT, drafting)
+    for _ in range(settle):
+        rig.engine.step(budget)
+    rig.cache.reset_counters()
+    done = rounds = 0
+    start = perf_counter()
+    while done < tokens:
+        done += len(rig.engine.step(budget).tokens)
+        rounds += 1
+    seconds = perf_counter() - start
+    reads, layers = rig.cache.reads(), rig.cache.counters()
+    hits, misses = rig.cache.slot_requests()
+    return Run(
+        done,
+        rounds,
+        seconds,
+        reads.bytes,
+        reads.seconds,
+        sum(one.stall_seconds for one in layers),
+        hits,
+        misses,
+    )
+
+
+def summary(runs: Sequence[Run], against: Sequence[Run]) -> Summary:
+    """Medians of the repeats, and of their ratios to another setting's."""
+
+    def median(values: Sequence[float]) -> float:
+        return statistics.median(values)
+
+    return Summary(
+        rate=median([one.rate for one in runs]),
+        seconds=median([one.seconds / one.tokens for one in runs]),
+        bytes=median([one.bytes_read / one.tokens for one in runs]),
+        stall_seconds=median([one.stall_seconds / one.tokens for one in runs]),
+        bandwidth=median(
+            [one.bytes_read / one.read_seconds if one.bytes_read else 0.0 for one in runs]
+        ),
+        hit_rate=median([one.hits / max(1, one.hits + one.misses) for one in runs]),
+        acceptance=median([one.tokens / one.rounds for one in runs]),
+        rate_share=median([a.rate / b.rate for a, b in zip(runs, against, strict=True)]),
+    )
