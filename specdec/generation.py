@@ -5,13 +5,10 @@ a stop string (also inside an accepted path), at the token limit, at the end of 
 or at an interrupt. Where it ends does not depend on how the tokens were grouped into rounds.
 """
 
-import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from time import perf_counter
 from typing import Literal
-
-import numpy as np
 
 from specdec.auto_budget import AUTO_NODES, Auto
 from specdec.budget import Budget, Fixed
@@ -27,6 +24,7 @@ from specdec.target.layer_clock import LayerTime
 from specdec.target.prefetch import PrefetchUse
 from specdec.target.streaming import Streaming
 from specdec.target.tolerance import LayerSubstitutions
+from specdec.token_hash import token_sha256
 from specdec.tokenizer import Tokenizer
 from specdec.writer import Piece, Writer
 
@@ -93,8 +91,8 @@ class Result:
 
     @property
     def token_sha256(self) -> str:
-        """SHA-256 of the tokens as little-endian int32."""
-        return hashlib.sha256(np.array(self.tokens, "<i4").tobytes()).hexdigest()
+        """What equal tokens have in common."""
+        return token_sha256(self.tokens)
 
 
 def generate(

@@ -7,33 +7,36 @@ by a complete one.
 import json
 import os
 import platform
-import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
-from specdec import __version__
+from specdec import __version__, rounds_record
 from specdec.errors import SpecdecError
+from specdec.machine import machine
 
 if TYPE_CHECKING:
-    from specdec.bench import Sweep
     from specdec.generation import Result
     from specdec.hot_set import Warmed
     from specdec.kernels.array import Backend
     from specdec.metrics import Comparison, Memory, Metrics
     from specdec.plan import MemoryPlan
 
-SCHEMA = 1
+SCHEMA = 2
 """Raised when a field changes its meaning or goes; new fields do not raise it."""
+
+LINE, WHOLE = 100, ("one of rounds", "vocabulary")
+"""Characters of a value that is written on one line; values that are, however long."""
 
 
 class JsonFile:
     """A JSON file to be: proves on entry that it can be written, appears whole or not at all.
 
-    Use as a context manager and call `write` once at the end; leaving without it leaves an older
-    file of that name as it was. A path of None writes nothing.
+    Use as a context manager and call `write`; leaving without it leaves an older file of that name
+    as it was. A path of None writes nothing.
     """
 
     def __init__(self, path: str | None) -> None:
@@ -56,12 +59,27 @@ class JsonFile:
             ) from error
         return self
 
-    def write(self, document: dict[str, Any]) -> None:
-        """Put `document` in place."""
+    @property
+    def wanted(self) -> bool:
+        """Whether there is a file to write."""
+        return self._path is not None
+
+    def write(
+        self, document: dict[str, Any], written: Mapping[str, Sequence[str]] | None = None
+    ) -> None:
+        """Put `document` in place, and behind its fields lists whose parts are JSON already.
+
+        May be called again: a file is always whole, and the last one stays.
+        """
         if self._path is None:
             return
         try:
-            text = json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+            text = lines(document)
+            for name, parts in (written or {}).items():
+                inner = ",\n    ".join(parts)
+                field = f'"{name}": [\n    {inner}\n  ]' if parts else f'"{name}": []'
+                text = f"{text[:-1].rstrip()},\n  {field}\n}}"
+            text += "\n"
             # A file name need not be text. Its stray bytes are lone surrogates here, and the
             # escape of one in Python is that of JSON.
             self._draft.write_bytes(text.encode(errors="backslashreplace"))
@@ -79,6 +97,24 @@ class JsonFile:
     ) -> None:
         if self._path is not None:
             self._draft.unlink(missing_ok=True)
+
+
+def lines(value: Any, indent: str = "", key: str = "") -> str:
+    """JSON for people and machines: short values, lists of numbers and rounds on one line each."""
+    text = json.dumps(value, ensure_ascii=False, allow_nan=False)
+    inner = indent + "  "
+    if len(text) <= LINE or key in WHOLE:
+        return text
+    if isinstance(value, dict):
+        fields = [
+            f"{inner}{json.dumps(name, ensure_ascii=False)}: {lines(part, inner, name)}"
+            for name, part in value.items()
+        ]
+        return "{\n" + ",\n".join(fields) + "\n" + indent + "}"
+    if isinstance(value, list | tuple) and any(isinstance(one, dict | list) for one in value):
+        parts = (inner + lines(part, inner, f"one of {key}") for part in value)
+        return "[\n" + ",\n".join(parts) + "\n" + indent + "]"
+    return text
 
 
 def head(
@@ -99,11 +135,11 @@ def head(
         "environment": {
             "python": platform.python_version(),
             "mlx": metadata.version("mlx"),
+            "numpy": metadata.version("numpy"),
             "device": str(mx.default_device()),
             "kernels": backend.name,
             "exact": backend.exact and not settings.get("cache_tolerance"),
-            "system": sys.platform,
-            "machine": platform.machine(),
+            **machine(),
         },
         "settings": settings,
         "plan": {
@@ -125,15 +161,7 @@ def run(result: "Result", metrics: "Metrics") -> dict[str, Any]:
         "metrics": asdict(metrics),
         "text": result.text,
         "tokens": list(result.tokens),
-        "rounds": [
-            {
-                "nodes": one.tree.rows - 1,
-                "depth": int(one.tree.depths.max()),
-                "accepted": one.accepted,
-                "seconds": asdict(one.seconds),
-            }
-            for one in result.rounds
-        ],
+        "rounds": rounds_record.to_json(result.rounds),
     }
 
 
@@ -144,29 +172,4 @@ def comparison(done: "Comparison") -> dict[str, Any]:
         "speedup": done.speedup,
         "tokens_equal": done.equal,
         "first_difference": done.first_difference,
-    }
-
-
-def bench(done: "Sweep") -> dict[str, Any]:
-    """Aggregates per class and budget, then every run's figures."""
-    return {
-        "partial": done.ended is not None,
-        "budgets": list(done.budgets),
-        "repeats": done.repeats,
-        "prompts": [{"id": one.id, "class": one.kind} for one in done.prompts],
-        "classes": {
-            kind: {str(budget): asdict(done.aggregate(kind, budget)) for budget in done.budgets}
-            for kind in done.classes
-        },
-        "tokens_equal": not done.disagreements(),
-        "disagreements": list(done.disagreements()),
-        "runs": [
-            {
-                "prompt": one.prompt.id,
-                "budget": one.budget,
-                "repeat": one.repeat,
-                "metrics": asdict(one.metrics),
-            }
-            for one in done.runs
-        ],
     }

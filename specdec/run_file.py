@@ -45,7 +45,8 @@ class RecordedRun:
 
 @dataclass(frozen=True)
 class RunFile:
-    """A file of runs. text: the prompt of kind "generate", None otherwise."""
+    """A file of runs. text: the prompt of kind "generate", None otherwise. document: all that
+    stands in it."""
 
     path: Path
     kind: str
@@ -57,6 +58,7 @@ class RunFile:
     text: str | None
     vocabulary: Vocabulary
     runs: tuple[RecordedRun, ...]
+    document: Mapping[str, Any]
 
     @property
     def name(self) -> str:
@@ -82,6 +84,7 @@ def read(path: Path) -> RunFile:
             text=document.get("prompt"),
             vocabulary=document["vocabulary"],
             runs=runs,
+            document=document,
         )
     except BaseValidationError as error:
         words = "; ".join(transform_error(error, path="metrics")[:3])

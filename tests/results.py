@@ -3,6 +3,7 @@
 import numpy as np
 
 from specdec import bench
+from specdec.bench_grid import Grid
 from specdec.generation import Result
 from specdec.prompts import Prompt
 from specdec.round import PhaseSeconds, Prefill, Round
@@ -52,14 +53,18 @@ def result(accepted, nodes, decode_seconds=None, experts=None, cut=None, tokens=
 PROMPTS = (Prompt("a", "python", "def"), Prompt("b", "prose", "Once"))
 
 
-def sweep_by_hand(accepted, wrong=(), repeats=2, on_run=lambda run: None):
+def sweep_by_hand(accepted, wrong=(), repeats=2, on_run=lambda *_: None, kept=(), **axes):
     """A sweep of two prompts whose budgets accept as told (budget -> accepted per round).
 
     Every run emits 0, 1, 2, 3 within a second per round; (prompt, budget) pairs in `wrong` do not.
+    axes: other parts of the grid.
     """
 
-    def generate(prompt, budget):
-        tokens = (0, 1, 2, 7) if (prompt.id, budget) in wrong else (0, 1, 2, 3)
-        return result(accepted=accepted[budget], nodes=budget - 1, tokens=tokens)
+    def generate(cell):
+        bad = (cell.prompt.id, cell.budget) in wrong
+        tokens = (0, 1, 2, 7) if bad else (0, 1, 2, 3)
+        nodes = 0 if cell.budget == 1 else 4 if cell.budget == "auto" else cell.budget - 1
+        return result(accepted=accepted[cell.budget], nodes=nodes, tokens=tokens)
 
-    return bench.sweep(generate, PROMPTS, tuple(accepted), repeats, on_run)
+    grid = Grid(PROMPTS, tuple(accepted), repeats, **axes)
+    return bench.sweep(generate, grid, on_run, kept)

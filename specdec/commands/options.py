@@ -97,7 +97,7 @@ def memory_options(command: Command) -> Command:
         click.option(
             "--prefetch-mb",
             type=click.FloatRange(min=0, max=1e6, min_open=True),
-            callback=_finite,
+            callback=finite,
             metavar="MB",
             help="Most that is read ahead per forward pass.  [default: as much as passes miss]",
         ),
@@ -216,18 +216,20 @@ def kernels_option(command: Command) -> Command:
     )(command)
 
 
-class Budgets(click.ParamType):
-    """A comma-separated list of different budgets, each in 1..MAX_BUDGET."""
+class Several(click.ParamType):
+    """A comma-separated list of different values, each of one kind; `noun` names the kind."""
 
     name = "LIST"
 
+    def __init__(self, noun: str, one: click.ParamType) -> None:
+        self.noun, self.one = noun, one
+
     def convert(
         self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> tuple[int, ...]:
+    ) -> tuple[Any, ...]:
         if isinstance(value, tuple):
             return value
-        one = click.IntRange(1, MAX_BUDGET)
-        budgets = tuple(one.convert(part.strip(), param, ctx) for part in value.split(","))
-        if len(set(budgets)) != len(budgets):
-            self.fail(f"{value} names a budget twice.", param, ctx)
-        return budgets
+        values = tuple(self.one.convert(part.strip(), param, ctx) for part in value.split(","))
+        if len(set(values)) != len(values):
+            self.fail(f"{value} names a {self.noun} twice.", param, ctx)
+        return values

@@ -1,5 +1,6 @@
 """How the commands ask for a sampler: the options, and what they say together."""
 
+import math
 import secrets
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -7,17 +8,34 @@ from typing import Any
 import click
 
 from specdec.commands.console import Console
-from specdec.commands.options import Command, finite
+from specdec.commands.options import Command, Several, finite
 from specdec.sampling import ACCEPTS, MAX_SEED, Sampling
 
 DRAWN_SEEDS = 2**32
 """Seeds that are drawn lie below: short enough to copy."""
 
 
-def sampling_options(default_seed: int | None) -> Callable[[Command], Command]:
+class Temperature(click.FloatRange):
+    """A finite number, 0 or above."""
+
+    def __init__(self) -> None:
+        super().__init__(min=0)
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> float:
+        number = super().convert(value, param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"{number} is not a finite number.", param, ctx)
+        return float(number)
+
+
+def sampling_options(
+    default_seed: int | None, several: bool = False
+) -> Callable[[Command], Command]:
     """--temp, --top-p, --top-k, --min-p, --repetition-penalty, --seed, --accept.
 
-    default_seed: None to draw one for every run (`sampling`).
+    default_seed: None to draw one for every run (`sampling`). several: --temps instead of --temp.
     """
     seed = "drawn, and printed" if default_seed is None else str(default_seed)
 
@@ -74,9 +92,16 @@ def sampling_options(default_seed: int | None) -> Callable[[Command], Command]:
                 help="Keep the likeliest tokens that together hold P of the probability; 1: off.",
             ),
             click.option(
+                "--temps",
+                type=Several("temperature", Temperature()),
+                default="0",
+                show_default=True,
+                help="Sampling temperatures to run, applied after the filters; 0: greedy.",
+            )
+            if several
+            else click.option(
                 "--temp",
-                type=click.FloatRange(min=0),
-                callback=finite,
+                type=Temperature(),
                 default=0.0,
                 show_default=True,
                 metavar="T",

@@ -4,16 +4,18 @@ import json
 import os
 import re
 import stat
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from specdec import record
+from specdec import bench_record, record, rounds_record
 from specdec.errors import SpecdecError
 from specdec.metrics import Memory, compare, measure
+from specdec.peer import PeerRun
 from specdec.report import memory_line, side_by_side, summary
 from specdec.units import number, percent, size, table
-from tests.results import counters, result, sweep_by_hand
+from tests.results import PROMPTS, counters, result, sweep_by_hand
 
 ROOT = Path(__file__).parents[2]
 MEMORY = Memory(process=410_000_000, mlx=120_000_000, planned=450_000_000)
@@ -155,10 +157,16 @@ def test_a_run_in_json_is_complete():
     value = json.loads(json.dumps(record.run(done, measure(done)), allow_nan=False))
     assert value["tokens"] == list(done.tokens)
     assert value["text"] == done.text
-    assert [one["accepted"] for one in value["rounds"]] == [2, 0]
-    assert value["rounds"][0]["nodes"] == value["rounds"][0]["depth"] == 4
+    assert [one["path"] for one in value["rounds"]] == [[0, 1, 2], [0]]
+    assert value["rounds"][0]["parents"] == [-1, 0, 1, 2, 3]
+    assert rounds_record.from_json(value["rounds"])[0].tokens == done.rounds[0].tokens
     assert value["metrics"]["acceptance_length"] == 2
     assert value["metrics"]["experts"]["layers"][0]["bytes_read"] == 4096
+
+
+def beside(run):
+    """A peer's run."""
+    return PeerRun(run.cell.task, run.repeat, 1.0, 0.5, run.metrics.token_sha256, None, None)
 
 
 def test_every_json_field_is_documented():
@@ -166,7 +174,10 @@ def test_every_json_field_is_documented():
     documented = set(re.findall(r"`([a-z0-9_]+)`", (ROOT / "docs/json.md").read_text()))
     plain, fast = result(accepted=[0] * 3, nodes=0), result(accepted=[1, 0], nodes=2)
     swept = sweep_by_hand({1: [0] * 3, 2: [1, 0]})
-    value = [record.run(fast, measure(fast)), record.bench(swept)]
+    swept = replace(swept, peer=tuple(map(beside, swept.runs[::2])))
+    value = [record.run(fast, measure(fast)), bench_record.sweep_json(swept)]
+    value += [bench_record.run_json(run) for run in swept.runs]
+    value += bench_record.prompts_json(swept.grid, {(p.id, None): [1] for p in PROMPTS})
     value.append(record.comparison(compare(plain, fast)))
 
     def names(part):

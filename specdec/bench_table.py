@@ -1,0 +1,102 @@
+"""A sweep in words: a table per group with a row per budget, and whether all runs agree."""
+
+from specdec.bench import Sweep
+from specdec.bench_grid import Group
+from specdec.units import number, percent, size, table
+
+HEADINGS = (
+    "budget",
+    "tok/s",
+    "speed-up",
+    "acceptance",
+    "P(>=1)",
+    "P(>=2)",
+    "P(>=4)",
+    "first s",
+    "hit rate",
+    "read/token",
+)
+LEGEND = (
+    "tok/s: decoding; first s: seconds to the first token. Speeds and times are medians, the rest "
+    "means."
+)
+
+
+def report(done: Sweep) -> str:
+    """The tables, then what must be said: partial, not exact, differing or slower runs."""
+    blocks = []
+    if done.partial:
+        blocks.append(f"PARTIAL: ended after {len(done.runs)} of {done.grid.planned} runs")
+    if done.runs:
+        blocks += [_group_table(done, group) for group in done.grid.groups]
+        blocks.append(LEGEND)
+    blocks += _substitutions(done)
+    blocks += _agreement(done)
+    blocks += _slower(done)
+    return "\n\n".join(blocks)
+
+
+def _substitutions(done: Sweep) -> list[str]:
+    changed = [one for run in done.runs if (one := run.metrics.substitutions) is not None]
+    if not changed:
+        return []
+    choices = sum(one.choices for one in changed)
+    substituted = sum(one.substituted for one in changed)
+    share = percent(substituted / choices if choices else None)
+    return [
+        f"NOT EXACT (--cache-tolerance): {substituted} of {choices} choices of experts were "
+        f"substituted ({share})"
+    ]
+
+
+def _agreement(done: Sweep) -> list[str]:
+    differing = [done.label(task) for task in done.disagreements()]
+    if differing:
+        return ["tokens DIFFER between runs of: " + ", ".join(differing)]
+    if not done.runs:
+        return []
+    if done.partial:
+        return ["tokens equal over the runs that were made"]
+    grid = done.grid
+    text = f"tokens equal over all budgets and repeats, {len(grid.prompts)} prompts"
+    if not grid.same_tokens:
+        text += "; above temperature 0 budgets draw anew (--accept swor), and only repeats agree"
+    return [text]
+
+
+def _slower(done: Sweep) -> list[str]:
+    """Budgets that cost more than they brought, of all prompts."""
+    slower = []
+    for group in done.grid.groups:
+        if group.kind != done.grid.classes[-1]:
+            continue
+        budgets = [
+            str(budget)
+            for budget in done.grid.budgets
+            if budget != 1 and (done.aggregate(group, budget).speedup or 1) < 1
+        ]
+        if budgets:
+            name = done.grid.name(None, group.temperature, group.context)
+            slower.append(", ".join(budgets) + (f" ({name})" if name else ""))
+    return ["SLOWER than plain decoding at budget " + "; ".join(slower)] if slower else []
+
+
+def _group_table(done: Sweep, group: Group) -> str:
+    rows: list[tuple[str, ...]] = [HEADINGS]
+    for budget in done.grid.budgets:
+        one = done.aggregate(group, budget)
+        depths = [percent(one.depths[k - 1]) if len(one.depths) >= k else "-" for k in (1, 2, 4)]
+        rows.append(
+            (
+                str(budget),
+                number(one.decode_tokens_per_second),
+                number(one.speedup, 2),
+                number(one.acceptance_length, 2),
+                *depths,
+                number(one.seconds_to_first_token, 2),
+                percent(one.effective_hit_rate),
+                "-" if one.bytes_per_token is None else size(one.bytes_per_token),
+            )
+        )
+    count = done.aggregate(group, done.grid.budgets[0]).prompts
+    return f"{done.grid.name(*group)} ({count} prompts, {done.grid.repeats} repeats)\n{table(rows)}"
