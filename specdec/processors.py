@@ -4,8 +4,8 @@ In mlx-lm's order: the repetition penalty on the logits; top-p, min-p and top-k 
 at temperature 1, each of all tokens; the temperature last. Each filter keeps the most probable
 tokens down to some rank, so the three together keep the shortest of the three lists.
 
-Exact for large vocabularies without sorting them: a threshold is found first, and only the tokens
-around it are sorted. All results are functions of the values alone.
+Exact for large vocabularies without sorting them: bounds are found first, and only the tokens
+between them are sorted. All results are functions of the values alone.
 """
 
 import math
@@ -16,8 +16,13 @@ from specdec.distribution import Distribution
 from specdec.sampling import Sampling
 
 _RUN = 256  # neighbouring ids whose maximum is looked at first
-_BAND = 1.0  # width in logits of what is sorted at a time to find a nucleus
-_COLDEST = 1e-30  # colder is as cold: any two different logits are then infinitely far apart
+# Looking for a nucleus: how far below the largest logit, how many tokens are sorted without more
+# ado, slices per unit of a logit, and the last slice, for all that is further below.
+_REACHES = (4.0, 8.0, 12.0, np.inf)
+_FEW = 2048
+_SLICES, _FURTHEST = 32, 1023
+# Beyond these float32 ends, and it is as cold or as hot: the top alone, or all alike.
+_COLDEST, _HOTTEST = 1e-30, 1e38
 
 
 def distribution(logits: np.ndarray, sampling: Sampling, seen: np.ndarray) -> Distribution:
@@ -29,7 +34,7 @@ def distribution(logits: np.ndarray, sampling: Sampling, seen: np.ndarray) -> Di
     logits = penalized(logits, sampling.repetition_penalty, seen)
     ids = kept(logits, sampling)
     values = logits if ids is None else logits[ids]
-    temperature = np.float32(max(sampling.temperature, _COLDEST))
+    temperature = np.float32(min(max(sampling.temperature, _COLDEST), _HOTTEST))
     with np.errstate(over="ignore", under="ignore"):
         weights = np.exp((values - values.max()) / temperature)
     return Distribution(ids, weights.astype(np.float64))
@@ -60,10 +65,10 @@ def kept(logits: np.ndarray, sampling: Sampling) -> np.ndarray | None:
         least = nucleus(logits, sampling.top_p)
     if sampling.min_p > 0.0:
         least = max(least, float(logits.max() + np.float32(math.log(sampling.min_p))))
-    ids = None if least == -math.inf else np.flatnonzero(logits >= np.float32(least))
-    if 0 < sampling.top_k < (len(logits) if ids is None else len(ids)):
-        return top(logits, sampling.top_k, ids)
-    return ids
+    if 0 < sampling.top_k < len(logits):
+        ids = top(logits, sampling.top_k)
+        return ids[logits[ids] >= np.float32(least)]
+    return None if least == -math.inf else np.flatnonzero(logits >= np.float32(least))
 
 
 def nucleus(logits: np.ndarray, top_p: float) -> float:
@@ -73,31 +78,33 @@ def nucleus(logits: np.ndarray, top_p: float) -> float:
     al. 2020).
     """
     with np.errstate(over="ignore", under="ignore"):
-        weights = np.exp(logits - logits.max())
-    goal, held = top_p * weights.sum(dtype=np.float64), 0.0
-    while True:
-        band = logits >= logits.max() - np.float32(_BAND)
-        values = logits[band]
-        order = np.argsort(-values, kind="stable")
-        masses = held + np.cumsum(weights[band][order], dtype=np.float64)
-        if masses[-1] >= goal or band.all():
-            # What lies above a token counts, not the token itself: the one that crosses stays.
-            crossing = int(np.searchsorted(masses, goal))
-            return float(values[order[min(crossing, len(order) - 1)]])
-        held = float(masses[-1])
-        logits, weights = logits[~band], weights[~band]
+        below = logits.max() - logits
+        weights = np.exp(-below)
+    goal = top_p * weights.sum(dtype=np.float64)
+    for reach in _REACHES:  # mostly a few tokens near the top hold enough
+        near = np.flatnonzero(below <= reach)
+        if weights[near].sum(dtype=np.float64) >= goal:
+            break
+    held = 0.0
+    if len(near) > _FEW:  # of many, only the slice of logits where the sum crosses is sorted
+        with np.errstate(over="ignore"):
+            slices = np.minimum(below[near] * _SLICES, _FURTHEST).astype(np.intp)
+        through = np.cumsum(np.bincount(slices, weights[near]))
+        crossing = min(int(np.searchsorted(through, goal)), len(through) - 1)
+        held = float(through[crossing - 1]) if crossing else 0.0
+        near = near[slices == crossing]
+    near = near[np.argsort(below[near], kind="stable")]
+    masses = held + np.cumsum(weights[near], dtype=np.float64)
+    # What lies above a token counts, not the token itself: the one that crosses stays.
+    return float(logits[near[min(int(np.searchsorted(masses, goal)), len(near) - 1)]])
 
 
-def top(logits: np.ndarray, count: int, ids: np.ndarray | None = None) -> np.ndarray:
-    """The ids of the `count` largest logits, ascending; of equal ones the lower ids.
-
-    ids: those to choose from, ascending and more than `count`; None for all.
-    """
-    if ids is None:
-        # The best tokens stand in the best runs: all but a few runs hold none.
-        best = np.maximum.reduceat(logits, np.arange(0, len(logits), _RUN))
-        least = np.partition(best, -count)[-count] if count < len(best) else -np.inf
-        ids = np.flatnonzero(logits >= least)
+def top(logits: np.ndarray, count: int) -> np.ndarray:
+    """The ids of the `count` largest logits, ascending; of equal ones the lower ids."""
+    # The best tokens stand in the best runs: all but a few runs hold none.
+    best = np.maximum.reduceat(logits, np.arange(0, len(logits), _RUN))
+    bound = np.partition(best, -count)[-count] if count < len(best) else -np.inf
+    ids = np.flatnonzero(logits >= bound)
     values = logits[ids]
     least = np.partition(values, -count)[-count]
     above, equal = ids[values > least], ids[values == least]
