@@ -59,7 +59,11 @@ class Auto:
         if self._since_plain > REFRESH * max(1.0, self._even.advantage) ** 2:
             return 1
         risk = self.costs.draft(self._context, self._untold) / self._plain
-        return self.nodes if self._even.pays(risk) else 1
+        if self._even.pays(risk):
+            return self.nodes
+        if self.reason is None:
+            self.reason = self._explain(risk)
+        return 1
 
     def cut(self, tree: DraftTree) -> DraftTree:
         self._edges = Edges.of(tree)
@@ -99,9 +103,17 @@ class Auto:
         total = drafting + seconds.verify + seconds.commit
         total = min(total, HICCUP * self._seconds)
         self._even.drafted(total / plain, self._expected, len(done.tokens))
-        if self._even.pausing and self.reason is None:
-            tokens = self._even.round_tokens
-            self.reason = (
-                f"speculation would cost {1e3 * plain * self._even.round_cost:.3g} ms for "
-                f"{tokens:.2f} tokens, plain decoding {1e3 * plain * tokens:.3g} ms"
+
+    def _explain(self, risk: float) -> str:
+        """Why not to draft now; risk: what a draft may lose, in plain rounds."""
+        even, milliseconds = self._even, 1e3 * self._plain
+        if even.pausing:
+            return (
+                f"speculation would cost {milliseconds * even.round_cost:.3g} ms for "
+                f"{even.round_tokens:.2f} tokens, plain decoding "
+                f"{milliseconds * even.round_tokens:.3g} ms"
             )
+        return (
+            f"speculation lost {milliseconds * even.loss:.3g} ms against plain decoding so far and "
+            f"may lose {milliseconds * risk:.3g} ms in its next round"
+        )

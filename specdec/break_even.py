@@ -55,6 +55,11 @@ class BreakEven:
         return self._wait > 0
 
     @property
+    def loss(self) -> float:
+        """Plain rounds that drafting has lost in this text so far, negative for a gain."""
+        return self._loss
+
+    @property
     def round_tokens(self) -> float:
         """Tokens of a drafted round."""
         return self._tokens / self._rounds

@@ -32,7 +32,7 @@ class CostCurve:
         self.shape, self.noise = np.array(shape, np.float64), noise
         self.rows = len(self.shape)
         self.seen = [0] * self.rows  # observations by rows, those of one row first
-        self.most_rows = 1  # of an observation
+        self.most_rows = 2  # of an observation; to begin with, what is cheap to try
         self._mean: np.ndarray | None = None  # [rows + 2]: costs at context 0, the two growths
         self._covariance = np.zeros((self.rows + 2, self.rows + 2))
         self._variances = self._covariance.reshape(-1)[:: self.rows + 3]  # a view

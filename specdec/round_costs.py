@@ -19,6 +19,7 @@ from specdec.target.quotas import union
 
 PER_ROW = 0.15  # prior: the cost of a further row, in costs of one row
 PASS_NOISE, MISS_NOISE = 0.1, 0.5
+DRAFT = 0.75  # prior, of two drafts: in costs of one row
 DRAFTS = 9  # whose median counts
 FEW_TOLD = 16  # tokens told to the draft in a round that is not a catching-up
 # Rounds of plain decoding that are learned from together: there are many of them, and looking at
@@ -37,7 +38,7 @@ class RoundCosts:
         needed = [union(experts, top_k, i + 1) for i in range(rows)]
         self.misses = CostCurve([one / needed[0] for one in needed], MISS_NOISE)
         self._drafted = False
-        self._drafts: deque[float] = deque(maxlen=DRAFTS)
+        self._drafts = deque([DRAFT, DRAFT], maxlen=DRAFTS)
         self._catching_up: deque[float] = deque(maxlen=DRAFTS)
         self._plain: list[float] = []  # rounds of plain decoding that were not learned from yet
         self._missed = self._stalled = 0.0
@@ -78,7 +79,7 @@ class RoundCosts:
 
     def draft(self, context: int, told: int = 0) -> float:
         """Proposing a block and building its tree, once `told` tokens have been caught up with."""
-        units = median_low(self._drafts) if self._drafts else 0.0
+        units = median_low(self._drafts)
         if told > FEW_TOLD and self._catching_up:
             units += told * median_low(self._catching_up)
         return units * self._unit(context)
