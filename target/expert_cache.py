@@ -95,6 +95,7 @@ class ExpertCache:
         self._loads = ExpertLoads(store, self._reader, self._groups, self._counters)
         admissions = {id(table): Admission(table, self._loads) for table in self._tables}
         self._admissions = {i: admissions[id(g.table)] for i, g in self._groups.items()}
+        self._asking: object | None = None  # stands for the request whose waves are being taken
         # Told of each request before its reads begin: layer, experts asked for, those missing.
         self.observers: list[Callable[[int, np.ndarray, np.ndarray], None]] = []
         self.reset_counters()
@@ -154,17 +155,12 @@ class ExpertCache:
             return
         self._loads.recover()
         self._loads.collect()
-        admission = self._admissions[layer]
-        asked = admission.ask(layer, needed)
-        counters.hits += len(asked.hits)
-        counters.misses += len(needed) - len(asked.hits)
-        counters.early_hits += asked.early
-        for observer in self.observers:
-            observer(layer, needed, asked.missing)
-        for ids, fleeting in admission.waves(asked):
-            table = np.full(self.store.num_experts, -1, np.int32)
-            table[ids] = self._groups[layer].table.places(layer)[ids]
-            yield Wave(self.bank(layer), table, ids, fleeting)
+        self._asking = asking = object()
+        try:
+            yield from self._waves(layer, needed, counters)
+        finally:
+            if self._asking is asking:
+                self._asking = None
 
     def prefetch(
         self, layer: int, experts: np.ndarray, chance: float = LIKELY, most: int | None = None
@@ -179,7 +175,8 @@ class ExpertCache:
         """
         if layer in self._pinned:
             return np.zeros(0, np.int32)
-        self._loads.recover()
+        if self._asking is None:  # else a pass waits for loads, which are all in order
+            self._loads.recover()
         self._loads.collect()
         most = self.store.num_experts if most is None else most
         return self._admissions[layer].ahead(layer, experts, chance, most)
@@ -240,6 +237,19 @@ class ExpertCache:
             table.evictions = dict.fromkeys(table.layers, 0)
             table.unused = dict.fromkeys(table.layers, 0)
         self._reader.reset_counters()
+
+    def _waves(self, layer: int, needed: np.ndarray, counters: LayerCounters) -> Iterator[Wave]:
+        admission = self._admissions[layer]
+        asked = admission.ask(layer, needed)
+        counters.hits += len(asked.hits)
+        counters.misses += len(needed) - len(asked.hits)
+        counters.early_hits += asked.early
+        for observer in self.observers:
+            observer(layer, needed, asked.missing)
+        for ids, fleeting in admission.waves(asked):
+            table = np.full(self.store.num_experts, -1, np.int32)
+            table[ids] = self._groups[layer].table.places(layer)[ids]
+            yield Wave(self.bank(layer), table, ids, fleeting)
 
     def _left_unused(self, layer: int) -> int:
         """Bytes of experts that were loaded ahead and evicted before anybody asked for them."""

@@ -77,7 +77,9 @@ class ExpertLoads:
         self.counters[layer].early += len(loads)
         for load, slot in zip(loads, np.split(slots, len(slots)), strict=True):
             load.slots = slot
-            self._submit(load)
+        requests = self.reader.submit_each([self._slices(load) for load in loads])
+        for load, request in zip(loads, requests, strict=True):
+            load.request = request
 
     def finish(self, load: Load) -> None:
         """Wait until a load's experts are in their slots; ExpertReadError if they cannot be.
@@ -158,9 +160,11 @@ class ExpertLoads:
         self._broken = False
 
     def _submit(self, load: Load) -> None:
+        load.request = self.reader.submit(self._slices(load))
+
+    def _slices(self, load: Load) -> list[Slice]:
         bank, slots = self.groups[load.layer].bank, load.slots.tolist()
-        slices = self.slices(load.layer, load.experts.tolist(), bank, slots)
-        load.request = self.reader.submit(slices, idle=load.early)
+        return self.slices(load.layer, load.experts.tolist(), bank, slots)
 
     def _fill(self, load: Load) -> None:
         self._count(load)

@@ -116,7 +116,11 @@ class ExpertReader:
 
     def submit(self, slices: Sequence[Slice], idle: bool = False) -> Request:
         """Begin to read. With `idle`, once nothing urgent waits."""
-        return self._queue.submit(slices, idle)
+        return self._queue.submit([slices], idle)[0]
+
+    def submit_each(self, several: Sequence[Sequence[Slice]]) -> list[Request]:
+        """Begin to read once nothing urgent waits: a request each."""
+        return self._queue.submit(several, True)
 
     def drain(self) -> None:
         """Cancel every request: afterwards no memory is written to any more."""
@@ -146,20 +150,23 @@ class _Queue:
         self._idle, self._most_idle = 0, max(1, depth // 2)  # threads at idle work, at most
         self.reset_counters()
 
-    def submit(self, slices: Sequence[Slice], idle: bool) -> Request:
-        todo = list(pieces(slices, self.files.alignment))
-        request = Request(self, len(todo), {piece.file for piece in todo})
+    def submit(self, several: Sequence[Sequence[Slice]], idle: bool) -> list[Request]:
+        requests, line = [], []
+        for slices in several:
+            todo = list(pieces(slices, self.files.alignment))
+            requests.append(Request(self, len(todo), {piece.file for piece in todo}))
+            line += [(requests[-1], piece) for piece in todo]
         with self._waiting:
             assert not self._closed, "submit to a closed reader"
-            self._requests = {one for one in self._requests if not one.done} | {request}
-            self._lines[idle].extend((request, piece) for piece in todo)
+            self._requests = {one for one in self._requests if not one.done} | set(requests)
+            self._lines[idle].extend(line)
             wanted = self._under_way + len(self._lines[0]) + len(self._lines[1])
             while len(self._threads) < min(self._depth, wanted):
                 thread = threading.Thread(target=self._work, name="expert reads", daemon=True)
                 self._threads.append(thread)
                 thread.start()
-            self._waiting.notify(len(todo))
-        return request
+            self._waiting.notify(min(len(line), self._most_idle) if idle else len(line))
+        return requests
 
     def cancel(self, request: Request) -> None:
         with self._waiting:

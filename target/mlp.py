@@ -119,8 +119,7 @@ class MoE:
         if self.ahead is None or not self.ahead[0].looks_ahead():
             return None
         prefetcher, after = self.ahead
-        with prefetcher.deciding():
-            logits = after.gates(x, after.norm)[0]
-            experts = route(logits, after.top_k, after.normalize).experts
+        logits = after.gates(x, after.norm)[0]
+        experts = route(logits, after.top_k, after.normalize).experts
         evaluate(routing.experts, experts)
         return lambda: prefetcher.guess(after.layer, to_numpy(experts))

@@ -5,7 +5,7 @@ draft: before a pass, from its tokens: the experts that each was routed to when 
 layer: within a pass, from the router of the next unpinned layer on what enters the feed-forward
     of this one. Read back together with this layer's routing: no wait of its own, and none in
     pinned layers.
-auto: both and none of them in turns, then what waits least (target/trial.py).
+auto: both and none of them in turns, then the fastest (target/trial.py).
 
 Guesses are made for trees; a prompt's rows need nearly all experts, which no guess tells apart.
 How many experts are read ahead for a layer in a pass: as many as it lately missed in one, or, under
@@ -13,8 +13,7 @@ a cap in bytes, whatever fits it. What a guess may evict is decided in target/sl
 of this way's guesses that came true.
 """
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from time import perf_counter
 
@@ -88,13 +87,12 @@ class Prefetcher:
         if not self._running:
             self._running = True  # a pass of a tree is foreseen or under way
             self._left = self._cap
-            self._seconds, self._before = 0.0, self._costs()
+            self._before = self._costs()
         if self.way != DRAFT or self._table is None:
             return
-        with self.deciding():
-            found = self._table.find(np.asarray(tokens))
-            for at, layer in enumerate(self.layers):
-                self._guess(layer, found[:, at].T.ravel(), DRAFT)
+        found = self._table.find(np.asarray(tokens))
+        for at, layer in enumerate(self.layers):
+            self._guess(layer, found[:, at].T.ravel(), DRAFT)
 
     def looks_ahead(self) -> bool:
         """Whether the layers of the pass at hand are to say what the next one will need."""
@@ -102,8 +100,7 @@ class Prefetcher:
 
     def guess(self, layer: int, experts: np.ndarray) -> None:
         """What the layer's router says ahead of time: int [rows, top_k], by falling logit."""
-        with self.deciding():
-            self._guess(layer, experts.T.ravel(), LAYER)
+        self._guess(layer, experts.T.ravel(), LAYER)
 
     def passed(self) -> None:
         """The pass is over."""
@@ -112,10 +109,10 @@ class Prefetcher:
         self._running = False
         self._passes[self.way] = self._passes.get(self.way, 0) + 1
         if self._trial is not None:
-            requests, stall = self._costs()
-            before, waited = self._before
-            if requests > before:  # else the counters were reset meanwhile, or nothing was asked
-                self._trial.passed(stall - waited + self._seconds, requests - before)
+            end, stall, requests = self._costs()
+            start, waited, before = self._before
+            if requests >= before:  # else the counters were reset meanwhile
+                self._trial.passed(end - start, stall - waited, requests - before)
 
     def learn(self, tokens: np.ndarray, chosen: Mapping[int, np.ndarray]) -> None:
         """Rows were committed: tokens [rows]; per layer, the experts of each [rows, top_k]."""
@@ -156,15 +153,6 @@ class Prefetcher:
             missed = len(missing) + served
             self._missed[layer] += MEMORY * (missed - self._missed[layer])
 
-    def _costs(self) -> tuple[int, float]:
-        """Requests of unpinned layers so far, and seconds waited for their reads."""
-        return sum(self.cache.slot_requests()), self.cache.waited()[1]
-
-    @contextmanager
-    def deciding(self) -> Iterator[None]:
-        """Time that goes into guesses."""
-        start = perf_counter()
-        try:
-            yield
-        finally:
-            self._seconds += perf_counter() - start
+    def _costs(self) -> tuple[float, float, int]:
+        """The time, seconds waited for reads so far, and requests of unpinned layers."""
+        return perf_counter(), self.cache.waited()[1], sum(self.cache.slot_requests())
