@@ -2,6 +2,7 @@
 
 from specdec.bench import Sweep
 from specdec.bench_grid import Group
+from specdec.ratio import ratio
 from specdec.units import number, percent, size, table
 
 HEADINGS = (
@@ -30,10 +31,28 @@ def report(done: Sweep) -> str:
     if done.runs:
         blocks += [_group_table(done, group) for group in done.grid.groups]
         blocks.append(LEGEND)
+    blocks += _prefetch(done)
     blocks += _substitutions(done)
     blocks += _agreement(done)
     blocks += _slower(done)
     return "\n\n".join(blocks)
+
+
+def _prefetch(done: Sweep) -> list[str]:
+    """Of all runs together, budget by budget."""
+    parts = []
+    for budget in done.grid.budgets:
+        runs = [run.metrics.experts for run in done.runs if run.cell.budget == budget]
+        some = [one.prefetch for one in runs if one.prefetch is not None and one.prefetch.experts]
+        if some:
+            in_time, wasted = sum(i.in_time for i in some), sum(i.wasted_bytes for i in some)
+            missed = in_time + sum(one.misses for one in runs)
+            read = sum(i.bytes for i in some)
+            parts.append(
+                f"budget {budget} {size(read)} read ahead, {percent(ratio(in_time, missed))} of "
+                f"misses covered, {percent(ratio(wasted, read))} wasted"
+            )
+    return ["prefetch: " + "; ".join(parts)] if parts else []
 
 
 def _substitutions(done: Sweep) -> list[str]:

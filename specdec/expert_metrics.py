@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from specdec.prefetch_metrics import PrefetchMetrics, prefetch_metrics
 from specdec.ratio import ratio
 
 if TYPE_CHECKING:  # for types only: counting must not pay for importing MLX
@@ -61,7 +62,8 @@ class ExpertMetrics:
     evictions: experts that left their slots for others.
     synchronizations_per_pass: times the host waited for results of unpinned layers, per forward
         pass: one for each such layer, and more when experts come in several waves.
-    io, queue_depth, policy, protect: how experts were read and kept.
+    io, queue_depth, policy, protect: how experts were read and kept. prefetch: how they were read
+        ahead; None where nothing told.
     """
 
     hits: int
@@ -83,6 +85,7 @@ class ExpertMetrics:
     protect: tuple[int, int] | None
     layers: tuple[LayerExperts, ...]
     layer_seconds: tuple[LayerSeconds, ...] | None
+    prefetch: PrefetchMetrics | None = None
 
 
 def expert_metrics(result: "Result") -> ExpertMetrics:
@@ -127,6 +130,7 @@ def expert_metrics(result: "Result") -> ExpertMetrics:
         protect=how.protect if how else None,
         layers=layers,
         layer_seconds=_layer_seconds(result),
+        prefetch=prefetch_metrics(result),
     )
 
 

@@ -18,6 +18,7 @@ def summary(metrics: Metrics, memory: Memory) -> str:
         ("", _expert_bytes(metrics)),
         ("", _expert_waiting(metrics)),
         ("", _streaming(metrics)),
+        *prefetch_rows(metrics),
         *substitution_rows(metrics),
         *_layer_rows(metrics),
         ("memory", memory_line(memory)),
@@ -61,6 +62,8 @@ def side_by_side(comparison: Comparison, memory: Memory) -> str:
     for name, run in (("plain", comparison.plain), ("speculative", comparison.speculative)):
         lines += [f"{label:<12}{name}: {text}" for label, text in substitution_rows(run)]
     lines.append(f"streaming   {_streaming(comparison.speculative)}")
+    for name, run in (("plain", comparison.plain), ("speculative", comparison.speculative)):
+        lines += [f"{label:<12}{name}: {text}" for label, text in prefetch_rows(run)]
     for name, run in (("plain", comparison.plain), ("speculative", comparison.speculative)):
         lines += [f"{label:<12}{name}: {text}" for label, text in _layer_rows(run)]
     lines += [f"memory      {memory_line(memory)}", *verdict(comparison)]
@@ -205,6 +208,23 @@ def _streaming(metrics: Metrics) -> str:
         f"{one.io} reads, {one.queue_depth} at a time; policy {one.policy}; "
         f"first {first} and last {last} layers protected"
     )
+
+
+def prefetch_rows(metrics: Metrics) -> list[tuple[str, str]]:
+    """What was read ahead, how much of it in time and in vain, and what "auto" decided."""
+    one = metrics.experts.prefetch
+    if one is None or not one.passes:
+        return []
+    passes = ", ".join(f"{way} in {count} passes" for way, count in sorted(one.passes.items()))
+    text = f"{one.way}: {passes}"
+    if one.experts:
+        text += (
+            f"; {size(one.bytes)} read ahead, {percent(one.coverage)} of misses covered, "
+            f"{one.late} came late, {percent(one.waste)} of it wasted"
+        )
+    if one.failed:
+        text += f"; {one.failed} reads FAILED, and were made again when needed"
+    return [("prefetch", text), *(("", f"prefetch {words}") for words in one.verdicts)]
 
 
 def _layer_rows(metrics: Metrics) -> list[tuple[str, str]]:

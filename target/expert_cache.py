@@ -225,6 +225,10 @@ class ExpertCache:
         layers = self._counters.values()
         return sum(i.misses for i in layers), sum(i.stall_seconds for i in layers)
 
+    def foreseen(self) -> int:
+        """Experts so far that were there when asked for because they had been loaded ahead."""
+        return sum(one.early_hits for one in self._counters.values())
+
     def reads(self) -> ReadCounters:
         """What the disk delivered since the counters were reset."""
         return self._reader.counters()

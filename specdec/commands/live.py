@@ -15,6 +15,8 @@ class Traffic(Protocol):
 
     def slot_requests(self) -> tuple[int, int]: ...
 
+    def foreseen(self) -> int: ...
+
     def reads(self) -> "ReadCounters": ...
 
 
@@ -47,7 +49,9 @@ class LiveLine:
         speed = f"{(self._pieces - 1) / seconds:.1f}" if self._pieces > 1 and seconds else "-"
         hits, misses = self._cache.slot_requests()
         rate = hits / (hits + misses) if hits + misses else None
+        early = self._cache.foreseen()
+        foreseen = f", {percent(early / (early + misses))} of misses foreseen" if early else ""
         return (
             f"{self._label} {min(self._pieces, self._total)}/{self._total} tokens, {speed} tok/s, "
-            f"slots {percent(rate)} hit, {size(self._cache.reads().bytes)} read"
+            f"slots {percent(rate)} hit, {size(self._cache.reads().bytes)} read{foreseen}"
         )
