@@ -30,6 +30,7 @@ class Trial:
         self._ways: tuple[str, ...] = (OFF, *ways)
         self._verdict, self._interval = "", PASSES
         self._passes = 0  # in all
+        self._seconds, self._stall = 0.0, 0.0  # of a turn of none, and of it waiting
         self._rest = 0  # passes until the next trial
         self.words: list[str] = []  # verdicts so far
         self._begin()
@@ -57,9 +58,7 @@ class Trial:
     def _begin(self) -> None:
         self._turns = list(self._ways) * TURNS
         self._costs: dict[str, list[float]] = {way: [] for way in self._ways}
-        self._turn = 0
-        self._seconds: float = 0.0  # of the turn of none, and what of it was waiting
-        self._stall: float = 0.0
+        self._turn, self._seconds, self._stall = 0, 0.0, 0.0
 
     def _next(self) -> None:
         """A turn is over."""
@@ -78,7 +77,7 @@ class Trial:
             told = ", ".join(f"{one} {1e6 * cost:.0f}" for one, cost in costs.items())
             self._decide(best, f"microseconds per request: {told}")
         if not self._rest and way == OFF:
-            self._seconds = self._stall = 0.0
+            self._seconds, self._stall = 0.0, 0.0
 
     def _cost(self, way: str) -> float:
         return median(self._costs[way])
