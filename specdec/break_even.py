@@ -18,7 +18,7 @@ PRIOR = 8.0  # plain rounds that the prior evidence took
 HOPE = 1.2  # prior tokens per plain token: drafting is tried first
 MARGIN = 0.03  # drafting goes on while it is expected to lose less
 FIRST_WAIT, LAST_WAIT = 8, 64  # plain rounds before the next try
-CREDIT, SHARE = 4.0, 0.03
+CREDIT, SHARE = 4.0, 0.03  # a quarter of the credit where earlier texts lost
 SESSION = 0.98  # memory of earlier texts, per drafted round
 
 
@@ -37,8 +37,9 @@ class BreakEven:
         # Of drafted rounds: how many, their tokens, and what they took in plain rounds.
         self._rounds, self._tokens, self._cost = PRIOR / 2, before * PRIOR, PRIOR
         self._loss = self._spent = 0.0  # in plain rounds
-        self._wait = 0
+        self._wait, self._credit = 0, CREDIT
         if self.advantage < 1 - MARGIN:
+            self._credit = CREDIT / 4
             self._wait = self._next_wait // 4
             self._next_wait = max(FIRST_WAIT, self._next_wait // 2)
         else:
@@ -74,7 +75,7 @@ class BreakEven:
         if self._wait > 0:
             self._wait -= 1
             return False
-        allowed = CREDIT + SHARE * self._spent
+        allowed = self._credit + SHARE * self._spent
         return self._loss + risk <= allowed or risk <= SHARE * self._since
 
     def drafted(self, cost: float, expected: float, tokens: int) -> None:

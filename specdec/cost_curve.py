@@ -4,8 +4,8 @@ A Kalman filter over the costs at 1, 2, ... rows and over how they grow with the
 says that costs are smooth in the rows, so that a row count which was never tried gets a value from
 its neighbours and an uncertainty from its distance to them; what happens to the whole machine
 (another process, heat) moves all of them together. A single slow pass moves it little: an
-observation counts for `OUTLIER` standard deviations at most, and the first pass of a row count,
-which may compile kernels, is not believed when it is slow.
+observation counts for `OUTLIER` standard deviations at most, and the first use of a kernel, which
+may compile it, is not believed when it is slow.
 """
 
 from collections.abc import Sequence
@@ -26,10 +26,12 @@ FIRST_USE = 1.5  # times what was expected: a first use above it is no measureme
 class CostCurve:
     """Costs in any unit, by rows from 1 on."""
 
-    def __init__(self, shape: Sequence[float], noise: float) -> None:
+    def __init__(self, shape: Sequence[float], noise: float, compiled_each: bool = False) -> None:
         """shape: expected costs of 1, 2, ... rows, the first being 1. noise: relative standard
-        deviation of an observation."""
+        deviation of an observation. compiled_each: whether each number of rows has kernels of its
+        own; else one row has, and several have."""
         self.shape, self.noise = np.array(shape, np.float64), noise
+        self._compiled_each, self._compiled = compiled_each, set[int]()
         self.rows = len(self.shape)
         self.seen = [0] * self.rows  # observations by rows, those of one row first
         self.most_rows = 2  # of an observation; to begin with, what is cheap to try
@@ -44,7 +46,9 @@ class CostCurve:
 
     def add(self, rows: int, context: int, cost: float) -> None:
         """A pass of `rows` rows after `context` tokens cost this much."""
-        first = self.seen[rows - 1] == 0
+        kind = rows if self._compiled_each else min(rows, 2)
+        first = kind not in self._compiled
+        self._compiled.add(kind)
         self.seen[rows - 1] += 1
         self.most_rows = max(self.most_rows, rows)
         if self._mean is None:

@@ -50,9 +50,9 @@ class Engine:
         and this pair stays with the engine."""
         if nodes not in self._autos:
             config = self.target.config
-            costs = RoundCosts(nodes, config.num_experts, config.top_k)
-            choices = TREE_NODES if self.target.backend.on_gpu else None
-            self._autos[nodes] = Auto(nodes, costs, choices)
+            on_gpu = self.target.backend.on_gpu
+            costs = RoundCosts(nodes, config.num_experts, config.top_k, compiled_each=on_gpu)
+            self._autos[nodes] = Auto(nodes, costs, TREE_NODES if on_gpu else None)
         return self._autos[nodes]
 
     def reset(self) -> None:

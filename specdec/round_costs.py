@@ -18,7 +18,7 @@ from specdec.round import Round
 from specdec.target.quotas import union
 
 PER_ROW = 0.15  # prior: the cost of a further row, in costs of one row
-PASS_NOISE, MISS_NOISE = 0.1, 0.5
+PASS_NOISE, MISS_NOISE = 0.1, 0.3
 DRAFT = 0.75  # prior, of two drafts: in costs of one row
 DRAFTS = 9  # whose median counts
 FEW_TOLD = 16  # tokens told to the draft in a round that is not a catching-up
@@ -31,10 +31,13 @@ FORGET = 0.95  # of what misses took
 class RoundCosts:
     """Learned costs of one machine and one pair of models."""
 
-    def __init__(self, nodes: int, experts: int = 1, top_k: int = 1) -> None:
-        """nodes: of the largest tree. experts, top_k: of a layer, for the prior of misses."""
+    def __init__(
+        self, nodes: int, experts: int = 1, top_k: int = 1, compiled_each: bool = False
+    ) -> None:
+        """nodes: of the largest tree. experts, top_k: of a layer, for the prior of misses.
+        compiled_each: whether each number of rows has kernels of its own."""
         rows = nodes + 1
-        self.verify = CostCurve([1 + PER_ROW * i for i in range(rows)], PASS_NOISE)
+        self.verify = CostCurve([1 + PER_ROW * i for i in range(rows)], PASS_NOISE, compiled_each)
         needed = [union(experts, top_k, i + 1) for i in range(rows)]
         self.misses = CostCurve([one / needed[0] for one in needed], MISS_NOISE)
         self._drafted = False
@@ -71,18 +74,15 @@ class RoundCosts:
             if len(self._plain) == PLAIN_BATCH or self.plain_rounds < PLAIN_BATCH:
                 self._flush(done.context)
             return
-        if done.told <= FEW_TOLD and self._drafted and unit:  # the first may compile
-            self._drafts.append(drafting / unit)
+        if self._drafted and unit:  # the first may compile
+            self._drafts.append(max(drafting / unit - self._telling(done.told), 0.0))
         self._drafted = True
         self._flush(done.context)
         self.verify.add(rows, done.context, took)
 
     def draft(self, context: int, told: int = 0) -> float:
         """Proposing a block and building its tree, once `told` tokens have been caught up with."""
-        units = median_low(self._drafts)
-        if told > FEW_TOLD and self._catching_up:
-            units += told * median_low(self._catching_up)
-        return units * self._unit(context)
+        return (median_low(self._drafts) + self._telling(told)) * self._unit(context)
 
     def plain(self, context: int) -> float:
         """A round of plain decoding."""
@@ -97,6 +97,12 @@ class RoundCosts:
         if self.misses.known:
             seconds = seconds + self._reading * np.maximum(self.misses.costs(0, optimism) - 1, 0.0)
         return seconds
+
+    def _telling(self, told: int) -> float:
+        """What telling the draft of more tokens than a round brings takes, in the same unit."""
+        if told <= FEW_TOLD or not self._catching_up:
+            return 0.0
+        return told * median_low(self._catching_up)
 
     def _unit(self, context: int) -> float:
         """What drafting is measured by: a machine that is slower now is slower at both."""
