@@ -84,8 +84,8 @@ def _agreement(done: Sweep) -> list[str]:
 
 
 def _slower(done: Sweep) -> list[str]:
-    """Budgets that cost more than they brought, of all prompts."""
-    slower = []
+    """Budgets that cost more than they brought, of all prompts: a line per setting."""
+    lines = []
     for group in done.grid.groups:
         if group.kind != done.grid.classes[-1]:
             continue
@@ -96,8 +96,9 @@ def _slower(done: Sweep) -> list[str]:
         ]
         if budgets:
             name = done.grid.name(None, group.temperature, group.context)
-            slower.append(", ".join(budgets) + (f" ({name})" if name else ""))
-    return ["SLOWER than plain decoding at budget " + "; ".join(slower)] if slower else []
+            where = f" ({name})" if name else ""
+            lines.append(f"SLOWER than plain decoding at budget {', '.join(budgets)}{where}")
+    return ["\n".join(lines)] if lines else []
 
 
 def _group_table(done: Sweep, group: Group) -> str:

@@ -7,6 +7,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from specdec import generation
 from specdec.bench import Run, Sweep
 from specdec.bench_grid import Cell, Grid
 from specdec.bench_record import fingerprint, prompts_json
@@ -14,7 +15,7 @@ from specdec.commands import session
 from specdec.commands.console import Console
 from specdec.demo_pair import PROMPTS, WRITTEN
 from specdec.errors import PlanError, PromptError
-from specdec.generation import Request, Result, check_prompt, generate
+from specdec.generation import Request, Result, check_prompt
 from specdec.load import Loaded, folders
 from specdec.memory import physical_memory
 from specdec.peer import NAME, Peer, PeerRun, peer_version
@@ -99,7 +100,7 @@ def runner(
             sampling=replace(chosen, temperature=cell.temperature, accept=accept),
             max_budget=options["max_budget"],
         )
-        result = generate(loaded.engine, loaded.tokenizer, request)
+        result = generation.generate(loaded.engine, loaded.tokenizer, request)
         if result.finish == "interrupted":
             raise KeyboardInterrupt
         return result

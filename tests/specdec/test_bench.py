@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from specdec import bench, bench_record
-from specdec.bench_grid import Cell, Grid, Group
+from specdec.bench_grid import Budget, Cell, Grid, Group
 from specdec.bench_table import report
 from specdec.prompts import Prompt
 from tests.results import PROMPTS, result, sweep_by_hand
@@ -84,7 +84,8 @@ def test_without_one_text_for_all_budgets_only_repeats_must_agree():
         tokens.append(len(tokens))
         return result(accepted=[1], nodes=2, tokens=(0, 1, tokens[-1]))
 
-    for budget, expected in ((4, 1), ("auto", 0)):
+    budgets: list[tuple[Budget, int]] = [(4, 1), ("auto", 0)]
+    for budget, expected in budgets:
         tokens: list[int] = []
         grid = Grid(PROMPTS[:1], (budget,), 2, (0.8,), same_tokens=False)
         done = bench.sweep(generate, grid, lambda *_: None)
