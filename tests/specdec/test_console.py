@@ -51,6 +51,9 @@ class Cache:
     def slot_requests(self):
         return 3, 1
 
+    def foreseen(self):
+        return 3
+
     def reads(self):
         return ReadCounters(2_000_000, 7, 0.5)
 
@@ -63,7 +66,9 @@ def test_a_run_on_a_terminal_shows_how_it_goes(monkeypatch):
         live.text()
     live.end()
     assert "\rspeculative: 3/5 tokens, " in screen.getvalue()
-    assert screen.getvalue().endswith("tok/s, slots 75.0 % hit, 2.00 MB read\x1b[K\n")
+    assert screen.getvalue().endswith(
+        "tok/s, slots 75.0 % hit, 2.00 MB read, 75.0 % of misses foreseen\x1b[K\n"
+    )
 
 
 def test_the_live_line_does_not_run_into_the_text(monkeypatch):

@@ -263,14 +263,32 @@ def test_the_plan_grows_with_what_is_asked(store: ExpertStore) -> None:
 
 
 def test_what_reading_takes_is_planned(store: ExpertStore) -> None:
-    without = make_plan(store, None, SIZES, memory_bytes=AMPLE)
+    ample = {"pin_layers": 1, "memory_bytes": AMPLE}
+    without = make_plan(store, None, SIZES, **ample)
     streaming = Streaming(direct=True, queue_depth=16)
-    plan = make_plan(store, None, SIZES, memory_bytes=AMPLE, streaming=streaming)
+    plan = make_plan(store, None, SIZES, **ample, streaming=streaming)
     part = next(part for part in plan.parts if part.name == "expert reads")
     assert part.note == (
-        "direct reads, 16 at a time; policy lru; first 6 and last 3 layers protected"
+        "direct reads, 16 at a time; policy lru; first 6 and last 3 layers protected; prefetch auto"
     )
-    assert plan.total - without.total == part.bytes == 2 * reader_bytes(8)
+    routing = by_name(plan)["routing table"]
+    assert routing == store.config.vocab_size * len(store.layers) * store.config.top_k * 2
+    assert part.bytes == 2 * reader_bytes(8)
+    assert plan.total - without.total == part.bytes + routing
+
+
+def test_a_routing_table_is_planned_where_one_is_kept(store: ExpertStore) -> None:
+    def names(way: str, **options: int) -> set[str]:
+        how = Streaming(prefetch=way)
+        return set(
+            by_name(make_plan(store, None, SIZES, memory_bytes=AMPLE, streaming=how, **options))
+        )
+
+    for way in ("auto", "draft"):
+        assert "routing table" in names(way, pin_layers=1)
+        assert "routing table" not in names(way, pin_layers=len(store.layers))
+    for way in ("off", "layer"):
+        assert "routing table" not in names(way, pin_layers=1)
 
 
 def test_rows_say_sizes_and_the_cap(store: ExpertStore) -> None:
