@@ -7,6 +7,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from specdec import intervals
 from specdec.metrics import Metrics
 
 
@@ -17,7 +18,8 @@ class Aggregate:
     decode_tokens_per_second, prefill_tokens_per_second, seconds_to_first_token: median over
         prompts of the median over repeats.
     speedup: median over prompts of this budget's median decode tokens/s over that of budget 1;
-        None when budget 1 was not run.
+        None when budget 1 was not run. speedup_low, speedup_high: its interval at 95 % confidence
+        (intervals.median); None for fewer than six prompts.
     acceptance_length, bytes_per_token, effective_hit_rate: mean over prompts of the per-prompt
         mean (for the first: "average acceptance length" of the DFlash papers).
     prompts: those that were run, which in a partial sweep may be fewer than there are.
@@ -29,6 +31,8 @@ class Aggregate:
     prefill_tokens_per_second: float | None
     seconds_to_first_token: float | None
     speedup: float | None
+    speedup_low: float | None
+    speedup_high: float | None
     acceptance_length: float | None
     depths: tuple[float, ...]
     bytes_per_token: float | None
@@ -46,6 +50,7 @@ def aggregate(
             base = median([one.decode_tokens_per_second for one in runs])
             speedups.append(speed / base if speed is not None and base else None)
     runs = [one for repeats in prompts for one in repeats]
+    gain = intervals.median([one for one in speedups if one is not None])
     rounds = sum(one.rounds for one in runs)
     deepest = max((len(one.depths) for one in runs), default=0)
     return Aggregate(
@@ -57,7 +62,9 @@ def aggregate(
         seconds_to_first_token=median(
             [median([one.seconds_to_first_token for one in runs]) for runs in prompts]
         ),
-        speedup=median(speedups),
+        speedup=gain.value,
+        speedup_low=gain.low,
+        speedup_high=gain.high,
         acceptance_length=_mean(
             [_mean([one.acceptance_length for one in repeats]) for repeats in prompts]
         ),

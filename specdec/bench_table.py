@@ -3,23 +3,24 @@
 from specdec.bench import Sweep
 from specdec.bench_grid import Group
 from specdec.ratio import ratio
-from specdec.units import number, percent, size, table
+from specdec.units import interval, number, percent, size, table
 
 HEADINGS = (
     "budget",
     "tok/s",
     "speed-up",
-    "acceptance",
+    "95 %",
+    "accepted",
     "P(>=1)",
     "P(>=2)",
     "P(>=4)",
     "first s",
     "hit rate",
-    "read/token",
+    "read/tok",
 )
 LEGEND = (
-    "tok/s: decoding; first s: seconds to the first token. Speeds and times are medians, the rest "
-    "means."
+    "tok/s: decoding; 95 %: interval of the speed-up, over prompts; accepted: mean acceptance "
+    "length;\nfirst s: seconds to the first token. Speeds and times are medians, the rest means."
 )
 
 
@@ -111,6 +112,7 @@ def _group_table(done: Sweep, group: Group) -> str:
                 str(budget),
                 number(one.decode_tokens_per_second),
                 number(one.speedup, 2),
+                interval(one.speedup_low, one.speedup_high),
                 number(one.acceptance_length, 2),
                 *depths,
                 number(one.seconds_to_first_token, 2),

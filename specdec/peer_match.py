@@ -3,21 +3,25 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from specdec import intervals
 from specdec.aggregate import median
 from specdec.bench import Run, Sweep
 from specdec.bench_grid import Group, Task
 from specdec.peer import NAME, PeerRun
-from specdec.units import number, table
+from specdec.units import interval, number, table
 
 
 @dataclass(frozen=True)
 class Match:
     """One figure of ours and the peer's: medians over prompts of the medians over repeats, and
-    the median over prompts of each one's own ratio, ours over theirs."""
+    the median over prompts of each one's own ratio, ours over theirs, with its interval at 95 %
+    confidence (intervals.median), None for fewer than six prompts."""
 
     ours: float | None
     theirs: float | None
     ratio: float | None
+    ratio_low: float | None
+    ratio_high: float | None
 
 
 @dataclass(frozen=True)
@@ -63,7 +67,7 @@ def matches(done: Sweep) -> list[GroupMatch]:
 def peer_report(done: Sweep, version: str) -> str:
     """A row per group, then on how many prompts the tokens agree and where they part."""
     rows: list[tuple[str, ...]] = [
-        ("", "tok/s", NAME, "ratio", "first s", NAME, "ratio", "equal tokens")
+        ("", "tok/s", NAME, "ratio", "95 %", "first s", NAME, "ratio", "equal tokens")
     ]
     found = matches(done)
     for one in found:
@@ -73,6 +77,7 @@ def peer_report(done: Sweep, version: str) -> str:
                 number(one.speed.ours),
                 number(one.speed.theirs),
                 number(one.speed.ratio, 2),
+                interval(one.speed.ratio_low, one.speed.ratio_high),
                 number(one.first.ours, 2),
                 number(one.first.theirs, 2),
                 number(one.first.ratio, 3),
@@ -99,4 +104,5 @@ def _match(
     left = [median([ours(run) for run, _ in both]) for both in tasks]
     right = [median([theirs(peer) for _, peer in both]) for both in tasks]
     ratios = [a / b if a is not None and b else None for a, b in zip(left, right, strict=True)]
-    return Match(median(left), median(right), median(ratios))
+    ratio = intervals.median([one for one in ratios if one is not None])
+    return Match(median(left), median(right), ratio.value, ratio.low, ratio.high)

@@ -20,6 +20,11 @@ def number(value: float | None, digits: int = 1) -> str:
     return "-" if value is None else f"{value:.{digits}f}"
 
 
+def interval(low: float | None, high: float | None) -> str:
+    """From a figure to another, or a dash when there is none."""
+    return "-" if low is None or high is None else f"{low:.2f}-{high:.2f}"
+
+
 def percent(share: float | None) -> str:
     """A share as a percentage with one decimal, or a dash."""
     return "-" if share is None else f"{100 * share:.1f} %"

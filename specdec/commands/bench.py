@@ -178,6 +178,12 @@ def _check(options: dict[str, Any]) -> None:
         raise click.UsageError("budgets above 1 need a draft: give --draft, or --budgets 1.")
     if options["resume"] and options["json_path"] is None:
         raise click.UsageError("--resume needs --json, the file whose runs are kept.")
+    for name in ("collect_routing", "save_warm"):
+        if options["resume"] and options[name] is not None:
+            raise click.UsageError(
+                f"--resume and --{name.replace('_', '-')} exclude each other: it would know "
+                "nothing of the runs that are kept."
+            )
     if options["against"]:
         if 1 not in options["budgets"]:
             raise click.UsageError("--against compares plain decoding: add 1 to --budgets.")

@@ -95,13 +95,30 @@ def test_without_one_text_for_all_budgets_only_repeats_must_agree():
 def test_the_report_is_readable_and_honest():
     text = report(sweep_by_hand({1: [0] * 3, 4: [1, 1], 6: [0] * 5, "auto": [1, 1]}))
     assert text.startswith("python (1 prompts, 2 repeats)\nbudget ")
-    assert re.search(r"^1 +1\.0 +1\.00 +1\.00 ", text, re.MULTILINE)
-    assert re.search(r"^4 +1\.5 +1\.50 +2\.00 +100\.0 % ", text, re.MULTILINE)
-    assert re.search(r"^auto +1\.5 +1\.50 +2\.00 ", text, re.MULTILINE)
+    assert re.search(r"^1 +1\.0 +1\.00 +- +1\.00 ", text, re.MULTILINE)
+    assert re.search(r"^4 +1\.5 +1\.50 +- +2\.00 +100\.0 % ", text, re.MULTILINE)
+    assert re.search(r"^auto +1\.5 +1\.50 +- +2\.00 ", text, re.MULTILINE)
     assert "tokens equal over all budgets and repeats, 2 prompts" in text
     assert "SLOWER than plain decoding at budget 6" in text
     assert "None" not in text
     assert max(map(len, text.splitlines())) <= 100
+
+
+def test_a_speed_up_has_its_interval():
+    """Of six prompts it lies between the least and the greatest: all six on one side of the true
+    median happens once in 32 times."""
+    prompts = tuple(Prompt(str(n), "python", "p") for n in range(6))
+    rounds = {str(n): 10 + n for n in range(6)}
+
+    def generate(cell):
+        count = 30 if cell.budget == 1 else rounds[cell.prompt.id]
+        return result(accepted=[0] * count, nodes=2, tokens=tuple(range(31)))
+
+    done = bench.sweep(generate, Grid(prompts, (1, 4), 1), lambda *_: None)
+    one = done.aggregate(Group("python", 0.0, None), 4)
+    assert one.speedup == pytest.approx((30 / 12 + 30 / 13) / 2)
+    assert (one.speedup_low, one.speedup_high) == (pytest.approx(30 / 15), pytest.approx(30 / 10))
+    assert re.search(r"^4 +\d+\.\d +2\.40 +2\.00-3\.00 ", report(done), re.MULTILINE)
 
 
 def test_a_table_is_named_by_what_there_is_more_than_one_of():

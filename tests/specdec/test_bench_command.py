@@ -152,6 +152,8 @@ def test_what_cannot_be_run_is_refused_before_loading(pair, prompts, tmp_path, o
     ("options", "words"),
     [
         (["--resume"], "--resume needs --json"),
+        (["--resume", "--json", "f", "--collect-routing", "g"], "exclude each other"),
+        (["--resume", "--json", "f", "--save-warm", "g"], "--resume and --save-warm exclude"),
         (["--budgets", "1,some"], 'or "auto"'),
         (["--temps", "0,inf"], "inf is not a finite number"),
         (["--temps", "-1"], "-1.0 is not in the range x>=0"),
