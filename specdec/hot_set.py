@@ -20,6 +20,7 @@ from specdec.shards import read_json
 
 if TYPE_CHECKING:
     from specdec.target.expert_cache import ExpertCache
+    from specdec.target.prefetch import Prefetcher
 
 FORMAT, SCHEMA = "specdec-hot-set", 1
 
@@ -27,20 +28,24 @@ FORMAT, SCHEMA = "specdec-hot-set", 1
 @dataclass(frozen=True)
 class Warmed:
     """What was preloaded. named: experts of unpinned layers that the file names at all; experts:
-    those that the slots took and that were read. These reads are in no figure of a run."""
+    those that the slots took and that were read. These reads are in no figure of a run.
+    tokens: of a routing log, those whose experts the routing table of --prefetch begins with."""
 
     named: int
     experts: int
     bytes_read: int
     seconds: float
+    tokens: int = 0
 
 
 @dataclass(frozen=True, eq=False)
 class HotSet:
-    """uses: layer -> int64 [experts], rows that used each."""
+    """uses: layer -> int64 [experts], rows that used each. log: the routing log they were counted
+    from, if it was one."""
 
     model: str
     uses: Mapping[int, np.ndarray]
+    log: RoutingLog | None = None
 
     @classmethod
     def read(cls, path: Path) -> Self:
@@ -52,7 +57,8 @@ class HotSet:
             raise RoutingLogError(f"{path}: cannot be read: {error.strerror}") from error
         if head == MAGIC:
             log = RoutingLog.read(path)
-            return cls(log.header.model, dict(zip(log.header.layers, log.uses(), strict=True)))
+            uses = dict(zip(log.header.layers, log.uses(), strict=True))
+            return cls(log.header.model, uses, log)
         if not head.lstrip().startswith(b"{"):
             raise RoutingLogError(f"{path}: neither a routing log nor a hot set")
         raw = read_json(path)
@@ -108,6 +114,14 @@ class HotSet:
             for at in order[uses.ravel()[order] > 0].tolist():
                 found.setdefault(layers[at // uses.shape[1]], []).append(at % uses.shape[1])
         return {layer: np.array(ids, np.int32) for layer, ids in sorted(found.items())}
+
+    def teach(self, prefetcher: "Prefetcher") -> int:
+        """Begin a routing table with the committed rows of a log; the tokens that it then knows."""
+        if self.log is not None:
+            rows = self.log.rows[self.log.committed]
+            chosen = dict(zip(self.log.header.layers, rows["experts"].swapaxes(0, 1), strict=True))
+            prefetcher.learn(rows["token"], chosen)
+        return prefetcher.tokens
 
     def warm(
         self, cache: "ExpertCache", on_progress: Callable[[int, int], None] | None = None

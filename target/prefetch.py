@@ -76,6 +76,11 @@ class Prefetcher:
         return PrefetchUse(self.how, dict(self._passes), words)
 
     @property
+    def tokens(self) -> int:
+        """Tokens that the routing table knows."""
+        return len(self._table) if self._table is not None else 0
+
+    @property
     def way(self) -> str:
         """What foresees the pass at hand."""
         return self._trial.way if self._trial is not None else self.how

@@ -1,6 +1,7 @@
 """A loaded pair for a command: what can be refused before loading, the plan, the progress."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -130,9 +131,11 @@ def warm(options: Mapping[str, Any], loaded: "Loaded", console: Console) -> "War
     hot = HotSet.read(path)
     hot.check(path, cache)
     done = hot.warm(cache, console.progress("warming slots:"))
+    done = replace(done, tokens=hot.teach(loaded.engine.target.prefetcher))
+    table = f"; routing table of {done.tokens} tokens" if done.tokens else ""
     console.say(
         f"warmed {done.experts} of {done.named} experts named, {size(done.bytes_read)} in "
-        f"{done.seconds:.2f} s"
+        f"{done.seconds:.2f} s{table}"
     )
     return done
 
