@@ -24,7 +24,7 @@ from specdec.tree.draft_tree import DraftTree
 
 AUTO_NODES = 16
 """The largest tree, unless said otherwise: what memory is planned for."""
-PLAIN_ROUNDS = 2  # of a first text, to know what plain decoding costs; the first may compile
+PLAIN_ROUNDS = 3  # of a first text, to know what plain decoding costs; the first may compile
 REFRESH = 64  # drafted rounds after which plain decoding is measured again
 SHORTEST = 1e-9  # seconds; for clocks that stand still
 HICCUP = 2.0  # times the expected cost; what a round takes beyond it says nothing of drafting

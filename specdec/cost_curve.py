@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 
 # All relative to the cost of one row.
-SLOPE = 0.2  # uncertainty of the cost of each further row
+SLOPE = 0.4  # uncertainty of the cost of each further row
 ROUGH = 0.1  # of a row's cost beside the line through the others, per square root of the distance
 CONTEXT, CONTEXT_ROWS = 0.1, 0.03  # growth per THOUSAND tokens of context: of a pass, of each row
 THOUSAND = 1000.0

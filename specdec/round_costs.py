@@ -17,7 +17,7 @@ from specdec.cost_curve import CostCurve
 from specdec.round import Round
 from specdec.target.quotas import union
 
-PER_ROW = 0.15  # prior: the cost of a further row, in costs of one row
+PER_ROW = 0.25  # prior: the cost of a further row, in costs of one row
 PASS_NOISE, MISS_NOISE = 0.1, 0.3
 DRAFT = 0.75  # prior, of two drafts: in costs of one row
 DRAFTS = 9  # whose median counts

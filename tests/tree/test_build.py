@@ -10,28 +10,7 @@ from hypothesis import strategies as st
 from specdec.tree.block import Block
 from specdec.tree.build import KINDS, build
 from specdec.tree.draft_tree import DraftTree
-from tests.trees import path_to
-
-
-@st.composite
-def blocks(draw, max_slots=4, max_width=4):
-    """Blocks with many ties: log-probabilities from a coarse grid, zero and -inf included."""
-    slots = draw(st.integers(1, max_slots))
-    width = draw(st.integers(1, max_width))
-    grid = st.sampled_from([0.0, -0.1, -0.1, -0.3, -0.7, -2.0, -2.5, -30.0, -np.inf])
-    fine = st.floats(-5, 0)
-    rows = draw(
-        st.lists(
-            st.lists(st.one_of(grid, fine), min_size=width, max_size=width),
-            min_size=slots,
-            max_size=slots,
-        )
-    )
-    log_probs = -np.sort(-np.array(rows, np.float64), axis=1)
-    seed = draw(st.integers(0, 2**32 - 1))
-    rng = np.random.default_rng(seed)
-    tokens = np.stack([rng.permutation(50)[:width] for _ in range(slots)]).astype(np.int32)
-    return Block(tokens, log_probs)
+from tests.trees import blocks, path_to
 
 
 def all_paths(block: Block) -> list[tuple[float, tuple[int, ...]]]:
