@@ -160,6 +160,17 @@ def paired(value: float, prompts: Sequence[Sequence[Sums]]) -> Estimate:
     return Estimate(value, value / wide, value * wide, "blocks", count)
 
 
+def difference(one: Estimate, other: Estimate) -> Estimate:
+    """one - other, of independent estimates: the half-widths add like errors."""
+    if one.value is None or other.value is None:
+        return NOTHING
+    value, unit, count = one.value - other.value, "blocks", min(one.count, other.count)
+    if one.low is None or other.low is None:
+        return Estimate(value, unit=unit, count=count)
+    half = math.hypot(one.value - one.low, other.value - other.low)
+    return Estimate(value, value - half, value + half, unit, count)
+
+
 def _ratio(sums: Sequence[Sums]) -> tuple[float | None, float | None]:
     """The ratio of totals and its standard error, None where there is none to tell."""
     top, bottom = _sum(sums)

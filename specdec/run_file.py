@@ -20,14 +20,16 @@ from specdec.vocabulary import Vocabulary
 
 KINDS = ("generate", "bench")
 
+GENERATED = "prompt"
+"""The class of what `specdec generate` was asked."""
+
 
 @dataclass(frozen=True)
 class RecordedRun:
     """One run of a file.
 
     name: "autoregressive" or "speculative". prompt: what tells its prompt and settings of choice
-    from others', in any file. kind: the prompt's class, "" where it has none. title: the prompt's
-    id, or its beginning.
+    from others', in any file. title: the prompt's id or text. kind: the prompt's class.
     """
 
     name: str
@@ -136,7 +138,7 @@ def _generated(document: Mapping[str, Any]) -> Iterator[RecordedRun]:
             name=name,
             prompt=_key(text, temperature, settings),
             title=text,
-            kind="",
+            kind=GENERATED,
             temperature=temperature,
             context=None,
             budget=1 if name == "autoregressive" else settings["budget"],

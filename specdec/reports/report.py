@@ -1,0 +1,91 @@
+"""Report: everything that is said of some run files, in whatever format it is said."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from specdec.reports.comparisons import Comparison, comparisons
+from specdec.reports.figures import Figures, figures
+from specdec.reports.series import Series, series
+from specdec.run_file import RunFile
+from specdec.units import size
+
+
+@dataclass(frozen=True)
+class Report:
+    """files: as they were read. series: their runs, grouped."""
+
+    files: tuple[RunFile, ...]
+    series: tuple[Series, ...]
+
+    @classmethod
+    def of(cls, files: Sequence[RunFile]) -> "Report":
+        """The report of at least one file."""
+        return cls(tuple(files), series(files))
+
+    @cached_property
+    def figures(self) -> tuple[Figures, ...]:
+        """Of every series and class."""
+        return tuple(figures(one, kind) for one in self.series for kind in one.kinds)
+
+    @cached_property
+    def totals(self) -> tuple[Figures, ...]:
+        """Of every series, all classes together."""
+        return tuple(figures(one, one.kinds[-1]) for one in self.series)
+
+    @cached_property
+    def comparisons(self) -> tuple[Comparison, ...]:
+        """Of series with prompts in common."""
+        return comparisons(self.series)
+
+    @cached_property
+    def warnings(self) -> tuple[str, ...]:
+        """What a reader must know before believing a figure."""
+        return tuple(_warnings(self))
+
+
+def _warnings(report: Report) -> list[str]:
+    words = []
+    for file in report.files:
+        if not file.runs:
+            words.append(f"{file.path}: PARTIAL: no run was made")
+        elif file.partial:
+            words.append(f"{file.path}: PARTIAL: it was interrupted; figures are of what was run")
+        if file.environment.get("exact") is False:
+            words.append(f"{file.path}: NOT EXACT: tokens may depend on the budget")
+        for run in file.runs:
+            changed = run.metrics.substitutions
+            if changed is not None and changed.substituted:
+                words.append(
+                    f"{file.path}: NOT EXACT: --cache-tolerance changed choices of experts"
+                )
+                break
+    for name in ("machine", "processor", "device", "kernels", "mlx"):
+        found = {str(file.environment.get(name)) for file in report.files}
+        if len(found) > 1:
+            words.append(
+                f"the files were made with different {name} ({', '.join(sorted(found))}): "
+                "their speeds do not compare"
+            )
+    models = {str(file.settings.get("model") or "the demo pair") for file in report.files}
+    if len(models) > 1:
+        words.append(f"the files are of different models: {', '.join(sorted(models))}")
+    slots = {size(file.plan["total"]) for file in report.files}
+    if len(slots) > 1:
+        words.append(f"the files had different memory plans: {', '.join(sorted(slots))}")
+    for one in report.comparisons:
+        if not one.tokens_equal and one.kind == _total(report, one.series):
+            words.append(f"tokens DIFFER between {one.series} and {one.against}")
+        if one.speed.value is not None and one.speed.value < 1 and _is_plain(report, one.against):
+            words.append(
+                f"{one.series} ({one.kind}) was SLOWER than plain decoding: {one.speed.value:.2f}x"
+            )
+    return words
+
+
+def _total(report: Report, name: str) -> str:
+    return next(one.kinds[-1] for one in report.series if one.name == name)
+
+
+def _is_plain(report: Report, name: str) -> bool:
+    return any(one.plain for one in report.series if one.name == name)
