@@ -138,7 +138,7 @@ def test_a_simulated_setting_has_the_counters_of_a_real_run(tmp_path, budget, pi
                     budget=budget,
                     pin_layers=pins,
                     cache_slots=slots,
-                    streaming=Streaming(policy=policy),
+                    streaming=Streaming(policy=policy, prefetch="off"),
                 )
             )
             writer.begin(loaded)
@@ -187,7 +187,7 @@ def test_a_million_requests_take_seconds():
 
 def test_the_command(tmp_path):
     pair, log = write_pair(tmp_path), tmp_path / "log"
-    few = ["--pin-layers", "1", "--cache-slots", "7"]
+    few = ["--pin-layers", "1", "--cache-slots", "7", "--prefetch", "off"]
     arguments = ["generate", *pair.options, *PROMPT, "--max-tokens", "12", *few]
     _, document = recorded(tmp_path, *arguments, "--collect-routing", log)
     experts = document["runs"]["speculative"]["metrics"]["experts"]
