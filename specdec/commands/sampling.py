@@ -35,7 +35,8 @@ def sampling_options(
 ) -> Callable[[Command], Command]:
     """--temp, --top-p, --top-k, --min-p, --repetition-penalty, --seed, --accept.
 
-    default_seed: None to draw one for every run (`sampling`). several: --temps instead of --temp.
+    default_seed: None to draw one for every run (`sampling`). several: --temps, a list, which
+    --temp names too.
     """
     seed = "drawn, and printed" if default_seed is None else str(default_seed)
 
@@ -93,6 +94,8 @@ def sampling_options(
             ),
             click.option(
                 "--temps",
+                "--temp",
+                "temps",
                 type=Several("temperature", Temperature()),
                 default="0",
                 show_default=True,
