@@ -42,18 +42,18 @@ class Engine:
         """context, max_budget: what memory was planned for; None where nothing was."""
         self.target, self.draft = target, draft
         self.prefill_chunk, self.context, self.max_budget = prefill_chunk, context, max_budget
-        self._autos: dict[int, Auto] = {}
+        self.autos: dict[int, Auto] = {}
         self.reset()
 
     def auto(self, nodes: int) -> Auto:
         """The budget that chooses trees of `nodes` nodes at most. What it learns of this machine
         and this pair stays with the engine."""
-        if nodes not in self._autos:
+        if nodes not in self.autos:
             config = self.target.config
             on_gpu = self.target.backend.on_gpu
             costs = RoundCosts(nodes, config.num_experts, config.top_k, compiled_each=on_gpu)
-            self._autos[nodes] = Auto(nodes, costs, TREE_NODES if on_gpu else None)
-        return self._autos[nodes]
+            self.autos[nodes] = Auto(nodes, costs, TREE_NODES if on_gpu else None)
+        return self.autos[nodes]
 
     def reset(self) -> None:
         """Forget all tokens; the experts in memory stay."""
@@ -110,6 +110,10 @@ class Engine:
             self.target.foresee(tree)
         times.append(perf_counter())
         output = self.target.verify(tree)
+        if limit == 1 and not self._drafting:  # the next round is a lone root as well
+            following = self.chooser.ahead(output.logits)
+            if following is not None:
+                self.target.look_ahead(following)
         path, bonus = self.chooser.walk(tree, output.logits)
         times.append(perf_counter())
         taps = [output.taps[self.target.backend.index(path)]] if self._drafting else []
