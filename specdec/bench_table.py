@@ -112,7 +112,7 @@ def _group_table(done: Sweep, group: Group) -> str:
                 str(budget),
                 number(one.decode_tokens_per_second),
                 number(one.speedup, 2),
-                interval(one.speedup_low, one.speedup_high),
+                "-" if budget == 1 else interval(one.speedup_low, one.speedup_high),
                 number(one.acceptance_length, 2),
                 *depths,
                 number(one.seconds_to_first_token, 2),
