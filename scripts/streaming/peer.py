@@ -6,6 +6,7 @@ experts in memory; all decode the same text with the same experts.
 """
 
 import json
+import signal
 import statistics
 import subprocess
 import sys
@@ -57,7 +58,8 @@ class Player:
         code = self._process.wait()
         self._errors.seek(0)
         said = self._errors.read().strip().splitlines()
-        self.failed = f"exit code {code}: {said[-1] if said else 'no word'}"
+        end = f"ended by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+        self.failed = f"{end}: {said[-1]}" if said else end
         return None
 
 

@@ -29,8 +29,9 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from scripts.streaming.rig import RAISED, Rig, Setting
+from scripts.streaming.rig import Rig, Setting
 from scripts.streaming.run import PROMPT, SETTLE, measure
+from scripts.streaming.script import RAISED
 from scripts.streaming.trace import Trace
 from specdec.budget import Fixed
 from specdec.checkpoint import Checkpoint

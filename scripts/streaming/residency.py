@@ -48,29 +48,34 @@ def run(
     print(f"\n== residency: {tokens} tokens, {len(starts)} repeats, depth {depth}, direct, medians")
     runs: dict[Key, list[Run]] = {}
     with ExitStack() as stack:
-        rigs: dict[tuple[float, str], Rig] = {}
+        how = Streaming(direct=True, queue_depth=depth, prefetch=modes[0])
+        rigs: dict[float, Rig] = {}
         for share in shares:
-            for mode in modes if share < 1 else modes[:1]:
-                how = Streaming(direct=True, queue_depth=depth, prefetch=mode)
-                rigs[share, mode] = stack.enter_context(
-                    Rig(folders.repacked, Setting(share, how), None)
-                )
-        head = _head_seconds(next(iter(rigs.values())))
+            like = next(iter(rigs.values()), None)
+            rig = Rig(folders.repacked, Setting(share, how), like=like)
+            rigs[share] = stack.enter_context(rig)
+        head = _head_seconds(rigs[shares[0]])
         local = traces["local"]
-        for (share, mode), rig in rigs.items():
-            if mode == AUTO and share < 1:  # let it come to its verdict, on a text before
-                measure(rig, local, starts[0] // 2, Fixed(1), 1, settle=TRIAL)
+        settings = [
+            (share, name, mode)
+            for share in shares
+            for name in traces
+            for mode in modes
+            if mode == modes[0] or (share < 1 and name == "local")
+        ]
+        for share, _, mode in settings:
+            if mode == AUTO:  # let it come to its verdict, on a text before
+                rigs[share].prefetch(mode)
+                measure(rigs[share], local, starts[0] // 2, Fixed(1), 1, settle=TRIAL)
+        verdicts = {}
         for first in starts:
-            for (share, mode), rig in rigs.items():
-                for name, trace in traces.items():
-                    if mode == modes[0] or name == "local":
-                        done = measure(rig, trace, first, Fixed(1), tokens)
-                        runs.setdefault((share, name, mode), []).append(done)
-        verdicts = {
-            f"{share:.1%}": list(rig.target.prefetcher.use().words)
-            for (share, mode), rig in rigs.items()
-            if mode == AUTO
-        }
+            for share, name, mode in settings:
+                rigs[share].prefetch(mode)
+                done = measure(rigs[share], traces[name], first, Fixed(1), tokens)
+                runs.setdefault((share, name, mode), []).append(done)
+                if mode == AUTO:
+                    said = rigs[share].target.prefetcher.use().words
+                    verdicts[f"{share:.1%}"] = list(said)
     figures = _tell(runs, head, bandwidth)
     for share_of, words in verdicts.items():
         print(f"prefetch auto at {share_of}: {'; '.join(words) or 'no verdict'}")

@@ -39,12 +39,10 @@ def run(
     runs: dict[tuple[float, int | str], list[Run]] = {}
     with ExitStack() as stack:
         how = Streaming(direct=True, queue_depth=depth, prefetch=mode)
-        rigs = {
-            share: stack.enter_context(
-                Rig(folders.repacked, Setting(share, how, max(budgets)), folders.draft)
-            )
-            for share in shares
-        }
+        rigs: dict[float, Rig] = {}
+        for share in shares:
+            setting, like = Setting(share, how, max(budgets)), next(iter(rigs.values()), None)
+            rigs[share] = stack.enter_context(Rig(folders.repacked, setting, folders.draft, like))
         for first in starts:
             for share, rig in rigs.items():
                 for name in names:

@@ -6,8 +6,8 @@ token before used), so many from there to 1/8 of the experts, to 1/4, to 1/2, an
 is the LRU stack model (Spirn and Denning, 1972): the share of picks above a depth is the hit rate
 of an LRU cache of that many experts a layer. Shares are such that the hit rates at 1/2, 1/4 and 1/8
 of the experts are those asked for, and the first one such that 8 consecutive tokens use as many
-distinct experts as asked for. What is picked by the token's identity (`affinity`: from experts that belong
-to the token) is taken into account by fitting the shares to what a generated trace has.
+distinct experts as asked for. What is picked by the token's identity (`affinity`: from experts that
+belong to the token) is taken into account by fitting the shares to what a generated trace has.
 
 A row that a draft alone led to (a sibling of the text's token, or anything below one) keeps each of
 the experts of the text's token in its place with the probability `kinship`, and picks the others as
