@@ -67,7 +67,7 @@ class Outcome:
 
 
 @dataclass(frozen=True)
-class _Group:
+class Group:
     """Layers that share slots, by their places in the header."""
 
     layers: tuple[int, ...]
@@ -80,7 +80,7 @@ def simulate(trace: Trace, setting: Setting, bound: bool = True) -> Outcome:
     header = trace.header
     hits = misses = best = nbytes = 0
     unpinned: list[int] = []
-    for group in _groups(trace, setting):
+    for group in groups(trace, setting):
         asks, uses = trace.part(list(group.layers))
         unpinned += group.layers
         hit, missed = _replay(asks, uses, trace.passes, header.experts, group, setting.policy)
@@ -169,7 +169,8 @@ def _kinds(trace: Trace, pins: int) -> list[list[int]]:
     return list(kinds.values())
 
 
-def _groups(trace: Trace, setting: Setting) -> Iterator[_Group]:
+def groups(trace: Trace, setting: Setting) -> Iterator[Group]:
+    """The layers that are not pinned, by what slots they share."""
     header, kinds = trace.header, _kinds(trace, setting.pins)
     if not kinds:
         return
@@ -179,13 +180,13 @@ def _groups(trace: Trace, setting: Setting) -> Iterator[_Group]:
     for layers, share in zip(kinds, share_slots(setting.slots, sizes), strict=True):
         names = [header.layers[at] for at in layers]
         quota = quotas(share, names, wanted, header.top_k, protected)
-        yield _Group(
+        yield Group(
             tuple(layers), share, {at: quota[n] for at, n in zip(layers, names, strict=True)}
         )
 
 
 def _replay(
-    asks: np.ndarray, uses: np.ndarray, passes: int, experts: int, group: _Group, policy: str
+    asks: np.ndarray, uses: np.ndarray, passes: int, experts: int, group: Group, policy: str
 ) -> tuple[np.ndarray, np.ndarray]:
     """(hits, misses) per layer of the group."""
     starts, use_starts = ask_starts(asks), pass_starts(uses, passes)

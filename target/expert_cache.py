@@ -23,6 +23,7 @@ from specdec.target.expert_bank import ExpertBank
 from specdec.target.expert_counters import LayerCounters, PinnedHits
 from specdec.target.expert_loads import ExpertLoads, Group
 from specdec.target.expert_reader import ExpertReader, ReadCounters
+from specdec.target.guesses import LIKELY
 from specdec.target.pins import share_slots
 from specdec.target.policy import make_policy
 from specdec.target.quotas import protected_layers, quotas, union
@@ -31,7 +32,6 @@ from specdec.target.store import Store
 from specdec.target.streaming import Streaming
 
 PROGRESS_SECONDS = 0.1
-LIKELY = 0.5  # the chance of a guess about which nothing is known
 
 
 class Wave(NamedTuple):

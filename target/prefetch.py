@@ -10,7 +10,7 @@ auto: both and none of them in turns, then the fastest (target/trial.py).
 Guesses are made for trees; a prompt's rows need nearly all experts, which no guess tells apart.
 How many experts are read ahead for a layer in a pass: as many as it lately missed in one, or, under
 a cap in bytes, whatever fits it. What a guess may evict is decided in target/slots.py, by the share
-of this way's guesses that came true.
+of this way's guesses that came true (target/guesses.py).
 """
 
 from collections.abc import Mapping
@@ -19,14 +19,12 @@ from time import perf_counter
 
 import numpy as np
 
-from specdec.target.expert_cache import LIKELY, ExpertCache
+from specdec.target.expert_cache import ExpertCache
+from specdec.target.guesses import Guesses
 from specdec.target.token_table import TokenTable, table_tokens
 from specdec.target.trial import OFF, Trial
 
 DRAFT, LAYER, AUTO = "draft", "layer", "auto"
-MEMORY = 1 / 16  # weight of the latest pass in the mean of what a layer misses
-RARELY = 0.05  # misses per pass: a layer that has no more is left alone
-FORGET = 512  # guesses of a way, of which half are forgotten then
 
 
 @dataclass(frozen=True)
@@ -57,10 +55,7 @@ class Prefetcher:
             top_k, every = store.config.top_k, len(store.layers)
             tokens = table_tokens(vocab, every, top_k)
             self._table = TokenTable(tokens, len(self.layers), top_k)
-        self._right = dict.fromkeys((DRAFT, LAYER), 0.0)  # guesses that came true
-        self._made = dict.fromkeys((DRAFT, LAYER), 0.0)
-        self._missed = dict.fromkeys(self.layers, 0.0)  # mean per pass of a tree
-        self._begun: dict[int, tuple[str, set[int]]] = {}  # by layer, until it asks
+        self.guesses = Guesses(self.layers)
         if self.how != OFF:
             cache.observers.append(self._asked)
         self.reset()
@@ -125,38 +120,19 @@ class Prefetcher:
             experts = np.stack([chosen[layer] for layer in self.layers], axis=1)
             self._table.learn(np.asarray(tokens), experts)
 
-    def chance(self, way: str) -> float:
-        """That an expert which this way guessed, and which was not there, is asked for."""
-        return (self._right[way] + LIKELY) / (self._made[way] + 1)
-
     def _guess(self, layer: int, experts: np.ndarray, way: str) -> None:
         each = self._each[layer]
-        most = (
-            int(np.ceil(self._missed[layer] - RARELY)) if self._left is None else self._left // each
-        )
-        already = self._begun.get(layer, (way, set()))[1]
-        if self._left is None:
-            most -= len(already)
+        most = self.guesses.most(layer) if self._left is None else self._left // each
         if most < 1 or not len(experts):
             return
-        begun = self.cache.prefetch(layer, experts, self.chance(way), most)
+        begun = self.cache.prefetch(layer, experts, self.guesses.chance(way), most)
         if len(begun):
+            self.guesses.begun(layer, way, begun)
             if self._left is not None:
                 self._left -= len(begun) * each
-            self._begun[layer] = way, already | set(begun.tolist())
 
     def _asked(self, layer: int, needed: np.ndarray, missing: np.ndarray) -> None:
-        """The layer asks: how good were the guesses, and what does it miss without them?"""
-        way, begun = self._begun.pop(layer, (DRAFT, set()))
-        served = len(begun.intersection(needed.tolist()))
-        if begun:
-            if self._made[way] >= FORGET:
-                self._made[way], self._right[way] = self._made[way] / 2, self._right[way] / 2
-            self._made[way] += len(begun)
-            self._right[way] += served
-        if self._running:
-            missed = len(missing) + served
-            self._missed[layer] += MEMORY * (missed - self._missed[layer])
+        self.guesses.asked(layer, needed, len(missing), self._running)
 
     def _costs(self) -> tuple[float, float, int]:
         """The time, seconds waited for reads so far, and requests of unpinned layers."""

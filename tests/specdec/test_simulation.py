@@ -1,7 +1,9 @@
 """Simulation: the same hits and misses as the cache itself, and a bound that nothing beats."""
 
+import json
 import time
 from itertools import pairwise, product
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -15,6 +17,7 @@ from specdec.checkpoint import Checkpoint
 from specdec.errors import PlanError
 from specdec.generation import Request, generate
 from specdec.load import Settings, load
+from specdec.predictors import PREDICTORS, foresee
 from specdec.routing_log import RoutingLog
 from specdec.routing_writer import RoutingWriter
 from specdec.simulation import Setting, best, fitting, replay_table, resident_bytes, simulate
@@ -205,6 +208,106 @@ def test_the_command(tmp_path):
         assert [pins, slots, policy] in rows
     assert "best within 50.0 GB" in done.stdout
     assert done.stdout.splitlines()[-1] == "--pin-layers 4 --cache-slots 1 --policy lru"
+
+
+def test_the_json_has_what_is_printed_and_is_documented(tmp_path):
+    log, path = tmp_path / "log", tmp_path / "sim.json"
+    random = np.random.default_rng(4)
+    write_log(log, log_of(header(4, 8, 2), random, passes=12, rows=2, prompt=3))
+    line = ["simulate", log, "--slots", "6,12", "--memory-gb", "0.001", "--json", path]
+    done = run(*line, "--prefetch", "previous,draft,layer")
+    assert done.exit_code == 0, done.stderr
+    document = json.loads(path.read_text())
+    assert document["kind"] == "simulate"
+    assert [one["slots"] for one in document["outcomes"]] == [6, 12]
+    assert document["best"]["bytes_read"] == 0  # all of it fits
+    rows = [one.split() for one in done.stdout.splitlines()]
+    for one in document["prefetch"]:
+        (row,) = [row for row in rows if row[1:4] == [str(one["slots"]), "lru", one["predictor"]]]
+        assert row[4] == f"{100 * one['hit_rate']:.1f}"
+    assert len(document["prefetch"]) == 2 * 4
+    documented = (Path(__file__).parents[2] / "docs/json.md").read_text()
+    fields = {*document, *document["log"], *document["outcomes"][0], *document["prefetch"][0]}
+    assert {name for name in fields if f"`{name}`" not in documented} == set()
+
+
+# --- predictors
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    seed=st.integers(0, 10**6),
+    slots=st.integers(2, 32),
+    pins=st.integers(0, 3),
+    policy=st.sampled_from(POLICIES),
+)
+def test_without_a_predictor_it_is_the_simulation(seed, slots, pins, policy):
+    random = np.random.default_rng(seed)
+    head = header(4, 8, 2, kinds=(0, 1, 0, 0))
+    log = log_of(head, random, passes=12, rows=4, prompt=int(random.integers(0, 7)))
+    setting = Setting(pins, slots, policy)
+    plain, done = simulate(Trace.of(log), setting), foresee(log, setting, "off")
+    assert (done.hits, done.misses, done.bytes_read) == (
+        *(plain.hits, plain.misses),
+        plain.bytes_read,
+    )
+    assert done.begun == done.guesses == done.wasted == 0
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    seed=st.integers(0, 10**6),
+    slots=st.integers(2, 32),
+    predictor=st.sampled_from(PREDICTORS[1:]),
+)
+def test_predictors_count_what_they_read(seed, slots, predictor):
+    random = np.random.default_rng(seed)
+    log = log_of(header(4, 8, 2, kinds=(0, 1, 0, 0)), random, passes=20, rows=3)
+    plain, done = (foresee(log, Setting(1, slots, "lru"), one) for one in ("off", predictor))
+    assert done.hits + done.misses == plain.hits + plain.misses
+    assert done.in_time + done.wasted <= done.begun
+    assert done.in_time <= done.hits
+    assert done.right <= min(done.guesses, done.asked)
+    each = log.header.disk_bytes[1:]
+    reads = done.misses + done.begun
+    assert min(each) * reads <= done.bytes_read <= max(each) * reads
+
+
+def test_each_predictor_finds_what_it_looks_for():
+    """Routing that follows the token, the last token, or the layer before, and is found by those
+    who look there."""
+    random = np.random.default_rng(5)
+    head = header(3, 64, 2)
+
+    def right(choose, predictor):
+        log = log_of(head, random, passes=400, rows=1)
+        rows = log.rows.copy()
+        rows["token"] = random.integers(0, 24, len(rows))
+        rows["experts"] = choose(rows["token"], len(rows))
+        done = foresee(RoutingLog(head, rows), Setting(0, 24, "lru"), predictor)
+        return done.recall, done.coverage
+
+    by_token = random.permuted(np.tile(np.arange(64), (24, 3, 1)), axis=2)[:, :, :2]
+    pairs = random.permutation(64).reshape(32, 2)
+
+    def of_token(tokens, count):
+        return by_token[tokens]
+
+    def slowly(tokens, count):
+        return np.repeat(pairs[random.integers(0, 32, -(-count // 20))], 20, axis=0)[:count, None]
+
+    def down_the_layers(tokens, count):
+        start = random.integers(0, 32, count)
+        return np.stack([pairs[(start + layer) % 32] for layer in range(3)], axis=1)
+
+    assert right(of_token, "draft")[0] > 0.9
+    assert right(of_token, "draft")[1] > 0.5
+    assert right(of_token, "previous")[0] < 0.3
+    assert right(slowly, "previous")[0] > 0.9
+    recall, coverage = right(down_the_layers, "layer")
+    assert recall > 0.5  # all but the first layer
+    assert coverage > 0.3
+    assert right(down_the_layers, "draft")[0] < 0.3
 
 
 def test_the_command_refuses_in_words(tmp_path):

@@ -177,7 +177,7 @@ def test_guesses_are_read_and_come_true(folder, backend, way):
         session(target, rounds=12, pause=0.005)
         assert summed(target, "early") > 0
         assert summed(target, "early_hits") + summed(target, "late") > 0
-        assert target.prefetcher.chance(way) != 0.5
+        assert target.prefetcher.guesses.chance(way) != 0.5
 
 
 def test_the_layer_guess_is_read_back_with_the_routing(folder):
@@ -255,10 +255,10 @@ def test_with_all_layers_pinned_nothing_is_foreseen(folder):
 
 def test_the_chance_of_a_guess_is_the_share_that_came_true(folder):
     with opened(folder, REFERENCE, pins=0, slots=32, streaming=Streaming(prefetch=DRAFT)) as target:
-        prefetcher = target.prefetcher
-        assert prefetcher.chance(DRAFT) == 0.5
-        prefetcher._begun[0] = DRAFT, {1, 2, 3}
+        guesses = target.prefetcher.guesses
+        assert guesses.chance(DRAFT) == 0.5
+        guesses.begun(0, DRAFT, np.array([1, 2, 3]))
         list(target.experts.waves(0, np.array([1, 4], np.int32)))
-        assert prefetcher.chance(DRAFT) == pytest.approx(1.5 / 4)
+        assert guesses.chance(DRAFT) == pytest.approx(1.5 / 4)
         list(target.experts.waves(0, np.array([2], np.int32)))  # counted once
-        assert prefetcher.chance(DRAFT) == pytest.approx(1.5 / 4)
+        assert guesses.chance(DRAFT) == pytest.approx(1.5 / 4)
