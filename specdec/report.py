@@ -204,9 +204,10 @@ def _streaming(metrics: Metrics) -> str:
     if one.protect is None:
         return "-"
     first, last = one.protect
+    prefetch = f"; prefetch {one.prefetch.way}" if one.prefetch is not None else ""
     return (
         f"{one.io} reads, {one.queue_depth} at a time; policy {one.policy}; "
-        f"first {first} and last {last} layers protected"
+        f"first {first} and last {last} layers protected{prefetch}"
     )
 
 

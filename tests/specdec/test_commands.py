@@ -133,6 +133,10 @@ def test_every_streaming_option_reaches_the_cache(pair, tmp_path, monkeypatch):
         (("--queue-depth", "3", "--budget", "1"), Streaming(queue_depth=3, rows=1)),
         (("--policy", "s3-fifo"), Streaming(policy="s3-fifo", rows=7)),
         (("--protect", "2,0"), Streaming(protect=(2, 0), rows=7)),
+        (
+            ("--prefetch", "layer", "--prefetch-mb", "3"),
+            Streaming(prefetch="layer", prefetch_bytes=3_000_000, rows=7),
+        ),
     ):
         done, document = recorded(tmp_path, *arguments, *slots, *options)
         assert seen[-1].experts.streaming == expected
