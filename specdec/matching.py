@@ -26,6 +26,9 @@ class Matching(Greedy):
     def __init__(self, sampling: Sampling) -> None:
         self._sampling, self._seen, self._length = sampling, Seen(), 0
 
+    def ahead(self, logits: Array) -> None:
+        return None  # drawn on the host
+
     def first(self, logits: Array) -> int:
         return self._token(host_rows(logits)[0], [])
 

@@ -36,6 +36,7 @@ from specdec.target.layer_clock import LayerClock
 from specdec.target.manifest import Manifest
 from specdec.target.mlp import MLP, MoE
 from specdec.target.passes import Pass, PromptPass, TreePass
+from specdec.target.pending import Output, Pending
 from specdec.target.prefetch import Prefetcher
 from specdec.target.state import State
 from specdec.target.tensors import Tensors
@@ -44,17 +45,6 @@ from specdec.target.verify_graph import VerifyGraph
 from specdec.tree.draft_tree import DraftTree
 
 Observer = Callable[[np.ndarray, Pass, slice | list[int]], None]
-
-
-@dataclass(frozen=True, eq=False)
-class Output:
-    """logits [rows, vocab] and taps [rows, taps * hidden] (the tapped layers' outputs in order).
-
-    Of a prefill, logits has the last row alone unless all were asked for.
-    """
-
-    logits: Array
-    taps: Array
 
 
 @dataclass(frozen=True, eq=False)
@@ -145,7 +135,8 @@ class Target:
     def reset(self) -> None:
         """Forget all tokens."""
         self.state = State(self.config, self.backend)
-        self._pending: tuple[TreePass, DraftTree, Array] | None = None
+        self._pending: Pending | None = None
+        self._ahead: Pending | None = None  # what may follow it
 
     @property
     def length(self) -> int:
@@ -180,18 +171,41 @@ class Target:
 
         Logits may be NaN or Inf in rows that a draft alone led to: commit looks at its path.
         """
-        self._pending = None
-        this = TreePass(self.state, self.rope, TreeLayout.of(tree.parents))
-        timed = self.clock is not None or self.tolerance is not None
-        compiled = self.backend.on_gpu and self.experts.all_pinned and not timed
-        run = self._graph if compiled else self._verify
-        logits, taps, finite = run(tree.tokens, this)
+        ahead, self._ahead, self._pending = self._ahead, None, None
+        # of the committed state it is only once what it was begun behind is committed
+        committed = ahead is not None and ahead.this.state is self.state
+        if ahead is None or not (committed and np.array_equal(ahead.host_tokens(), tree.tokens)):
+            this = TreePass(self.state, self.rope, TreeLayout.of(tree.parents))
+            ahead = self._begin(tree.tokens, this)
+        self._pending = ahead
+        return ahead.output
+
+    def look_ahead(self, token: Array) -> None:
+        """Begin the pass of the lone root that follows the pending lone root, before either is
+        known to the host: token int [1]. If verify is then asked for another, nothing is lost.
+
+        Worth it where a host would keep a GPU waiting; elsewhere nothing is done.
+        """
+        assert self._pending is not None
+        if self._compiled and self._pending.lone:
+            state = self._pending.this.after_root()
+            this = TreePass(state, self.rope, TreeLayout.of(np.array([-1], np.int32)))
+            self._ahead = self._begin(token, this)
+
+    @property
+    def _compiled(self) -> bool:
+        """Whether verify passes are graphs, which nobody looks into."""
+        watched = self.clock is not None or self.tolerance is not None
+        return self.backend.on_gpu and self.experts.all_pinned and not watched
+
+    def _begin(self, tokens: Array, this: TreePass) -> Pending:
+        run = self._graph if self._compiled else self._verify
+        logits, taps, finite = run(tokens, this)
         # Slots must not be filled anew while a graph that reads them waits.
         begin = start if self.experts.all_pinned else evaluate
         begin(logits, taps, finite, *this.arrays())
         self.prefetcher.passed()
-        self._pending = this, tree, finite
-        return Output(logits, taps)
+        return Pending(tokens, this, Output(logits, taps), finite)
 
     def commit(self, path: Sequence[int]) -> None:
         """Make a path of the verified tree (rows, the root first) part of the state.
@@ -199,12 +213,18 @@ class Target:
         NonFiniteError, and nothing committed, where a row of the path met NaN or Inf.
         """
         assert self._pending is not None, "commit without a verified tree"
-        (this, tree, finite), self._pending = self._pending, None
-        if not to_numpy(finite)[list(path)].all():
-            rows = tree.tokens[list(path)]
+        pending, self._pending = self._pending, None
+        ahead, self._ahead = self._ahead, None
+        tokens = pending.host_tokens()
+        if not to_numpy(pending.finite)[list(path)].all():
+            rows = tokens[list(path)]
             self._refuse(rows, TreePass(self.state, self.rope, TreeLayout.chain(len(rows))))
-        self._count(tree.tokens, this, list(path))
-        this.commit(list(path))  # last: after it nothing can fail, and before it nothing is done
+        self._count(tokens, pending.this, list(path))
+        # last: after it nothing can fail, and before it nothing is done
+        pending.this.commit(list(path))
+        if ahead is not None:
+            ahead.this.state = self.state  # what it was begun behind is committed
+            self._ahead = ahead
 
     def _verify(self, tokens: Array, this: TreePass) -> tuple[Array, Array, Array]:
         """Logits, taps, and which rows of the logits are finite."""

@@ -6,12 +6,13 @@ committed tokens as they are until `commit`.
 """
 
 from abc import ABC, abstractmethod
+from copy import copy
 from itertools import pairwise
 from typing import Protocol, TypeAlias
 
 import numpy as np
 
-from specdec.kernels.array import Array
+from specdec.kernels.array import Array, evaluate
 from specdec.kernels.attention import AttentionLayout, prefill_attention, tree_attention
 from specdec.kernels.gated_delta import (
     DeltaInputs,
@@ -108,7 +109,9 @@ class PromptPass(Pass):
         """Make the chunk part of the state."""
         layers = range(len(self._conv))
         conv = [self._conv[index] for index in layers]
-        self.state.advance(self.rows, conv, [self._recurrent[index] for index in layers])
+        recurrent = [self._recurrent[index] for index in layers]
+        evaluate(*self.state.keys, *self.state.values, *conv, *recurrent)
+        self.state.advance(self.rows, conv, recurrent)
 
 
 class TreePass(Pass):
@@ -156,8 +159,19 @@ class TreePass(Pass):
         assert all(self.tree.parents[row] == above for above, row in pairwise(path))
         state = self.state
         state.keep(path)
-        tapes = [self._tapes[index] for index in range(len(self._tapes))]
-        conv, recurrent = state.conv, state.recurrent
-        if tapes:
-            conv, recurrent = replay(conv, recurrent, tapes, path)
+        conv, recurrent = self._after(path)
+        if self.tree.rows > 1:  # else there is nothing to compute
+            evaluate(*state.keys, *state.values, *conv, *recurrent)
         state.advance(len(path), conv, recurrent)
+
+    def after_root(self) -> State:
+        """The state once a lone root is committed, before it is; of the same buffers."""
+        state = copy(self.state)
+        state.advance(1, *self._after([0]))
+        return state
+
+    def _after(self, path: list[int]) -> tuple[list[Array], list[Array]]:
+        """Convolution rows and recurrent states after a path."""
+        conv, recurrent = self.state.conv, self.state.recurrent
+        tapes = [self._tapes[index] for index in range(len(self._tapes))]
+        return replay(conv, recurrent, tapes, path) if tapes else (conv, recurrent)

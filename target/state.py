@@ -6,7 +6,7 @@ delta layers, and how many tokens they stand for. Only a prompt chunk and `commi
 
 import mlx.core as mx
 
-from specdec.kernels.array import Array, Backend, concatenate, evaluate
+from specdec.kernels.array import Array, Backend, concatenate
 from specdec.target.config import TargetConfig
 
 KV_STEP = 256  # positions the key and value buffers grow by
@@ -64,9 +64,5 @@ class State:
                 buffer[:, start:end] = buffer[:, rows]
 
     def advance(self, rows: int, conv: list[Array], recurrent: list[Array]) -> None:
-        """The next `rows` staged tokens are committed, with these as the states after them.
-
-        Everything is evaluated first, and then changes at once.
-        """
-        evaluate(*self.keys, *self.values, *conv, *recurrent)
+        """The next `rows` staged tokens are committed, with these as the states after them."""
         self.conv, self.recurrent, self.length = conv, recurrent, self.length + rows

@@ -30,7 +30,7 @@ class VerifyGraph:
         self._body = body
         self._graphs: dict[tuple[int, ...], Callable[[dict[str, Any]], Any]] = {}
 
-    def __call__(self, tokens: np.ndarray, this: TreePass) -> tuple[Array, ...]:
+    def __call__(self, tokens: Array, this: TreePass) -> tuple[Array, ...]:
         """What the body returns; the pass and its state are as if it had run on them."""
         # A reference reads the tree on the host, so its graph would be this very pass's alone.
         if refused or len(tokens) > MAX_ROWS:
@@ -39,7 +39,7 @@ class VerifyGraph:
         kind = prepare(this.layout, None if gdn is None else gdn.conv_kernel)
         if kind not in self._graphs:
             self._graphs[kind] = mx.compile(partial(self._trace, this.tree.parents, state.length))
-        ids = mx.array(tokens)
+        ids = tokens if isinstance(tokens, mx.array) else mx.array(tokens)
         found = self._graphs[kind](
             {
                 "tokens": ids,
@@ -56,7 +56,7 @@ class VerifyGraph:
         if refused:  # while it was built
             self._graphs.clear()
             return self._body(tokens, this)
-        outputs, state.keys, state.values, results = found
+        outputs, state.keys[:], state.values[:], results = found
         this.take(results)
         return tuple(outputs)
 

@@ -8,11 +8,14 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten, tree_map
 
+from specdec.budget import Fixed
+from specdec.engine import Engine
 from specdec.kernels.array import Backend
 from specdec.kernels.executor import gpu_kernels
 from specdec.kernels.gated_delta import mix_tree
 from specdec.kernels.gpu.kernel import MetalKernel
 from specdec.kernels.gpu.limits import MAX_ROWS, Unsupported, refused
+from specdec.target.model import Target
 from tests.backends import REFERENCE
 from tests.checkpoints import FAMILIES, write_checkpoint
 from tests.metal.build import compiler
@@ -142,6 +145,43 @@ def spelled(event) -> str:
     if event["type"] != "constants":
         return repr(event)
     return repr([(n, a.dtype, a.shape, bytes(memoryview(a))) for n, a in event["constants"]])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_looking_ahead_changes_nothing(family, tmp_path, on_shim, monkeypatch):
+    """The pass of the next token is begun before the token is known to the host."""
+    folder = write_checkpoint(tmp_path, family)
+    found = []
+    with opened(folder, GPU) as target:
+        engine, looked = Engine(target), Target.look_ahead
+        for ahead in (True, False):
+            used: list[object] = []
+
+            def look(self, token, ahead=ahead, used=used):
+                used.append(self._ahead)
+                if ahead:
+                    looked(self, token)
+
+            monkeypatch.setattr(Target, "look_ahead", look)
+            engine.prefill(PROMPT)
+            tokens = [engine.step(Fixed(1)).bonus for _ in range(4)]
+            found.append((tokens, state_bytes(target)))
+            assert len(used) == 4
+            assert (target._ahead is not None) == ahead
+        assert found[0] == found[1]
+
+        # a round that is run again, another token, a tree: what was begun ahead is not taken
+        monkeypatch.setattr(Target, "look_ahead", looked)
+        for other in (tree_of([7], [-1]), tree_of([8], [-1]), tree_of([7, 3, 4], [-1, 0, 0])):
+            outputs = []
+            for begun in (True, False):
+                target.reset()
+                prefill(target, PROMPT)
+                target.verify(tree_of([7], [-1]))
+                if begun:
+                    target.look_ahead(mx.array([7], mx.int32))
+                outputs.append(logits_of(target.verify(other)).tobytes())
+            assert outputs[0] == outputs[1]
 
 
 def test_what_a_kernel_refuses_is_never_a_graph(tmp_path, monkeypatch, capsys):
