@@ -37,19 +37,23 @@ class Sweep:
     """All whole runs, in the order in which they ran.
 
     kept: how many of the first ones an earlier process had made. peer: what another engine made
-    of the same tasks. ended: the interrupt or the error that ended the sweep before its time.
+    of the same tasks; None where there is none. ended: the interrupt or the error that ended the
+    sweep before its time.
     """
 
     grid: Grid
     runs: tuple[Run, ...]
-    peer: "tuple[PeerRun, ...]" = ()
+    peer: "tuple[PeerRun, ...] | None" = None
     kept: int = 0
     ended: KeyboardInterrupt | SpecdecError | None = None
 
     @property
     def partial(self) -> bool:
         """Whether there are runs that were not made."""
-        return self.ended is not None or len(self.runs) < self.grid.planned
+        missing = len(self.runs) < self.grid.planned
+        if self.peer is not None:
+            missing |= len(self.peer) < self.grid.planned // len(self.grid.budgets)
+        return self.ended is not None or missing
 
     def aggregate(self, group: Group, budget: Budget) -> Aggregate:
         """The figures of a group at a budget; speed-up against budget 1 if it was run."""
@@ -113,7 +117,8 @@ def sweep(
     left = {cell for r in range(grid.repeats) for cell in grid.cells if (cell, r) not in there}
 
     def so_far(ended: KeyboardInterrupt | SpecdecError | None = None) -> Sweep:
-        return Sweep(grid, tuple(runs), tuple(peer), len(kept), ended)
+        beside = tuple(peer) if compete is not None else None
+        return Sweep(grid, tuple(runs), beside, len(kept), ended)
 
     try:
         warm: set[tuple[float, Budget]] = set()

@@ -68,7 +68,7 @@ def sweep_json(done: Sweep) -> dict[str, Any]:
         ],
         "tokens_equal": not done.disagreements(),
         "disagreements": [task._asdict() for task in done.disagreements()],
-        "peer": _peer_json(done) if done.peer else None,
+        "peer": _peer_json(done, done.peer) if done.peer is not None else None,
     }
 
 
@@ -117,7 +117,7 @@ def peer_run_json(run: PeerRun) -> dict[str, Any]:
     return {**value.pop("task")._asdict(), **value}
 
 
-def _peer_json(done: Sweep) -> dict[str, Any]:
+def _peer_json(done: Sweep, runs: Sequence[PeerRun]) -> dict[str, Any]:
     return {
         "name": NAME,
         "groups": [
@@ -131,5 +131,5 @@ def _peer_json(done: Sweep) -> dict[str, Any]:
             }
             for one in matches(done)
         ],
-        "runs": [peer_run_json(one) for one in done.peer],
+        "runs": [peer_run_json(one) for one in runs],
     }

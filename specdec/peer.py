@@ -63,17 +63,19 @@ class Peer:
             self._model.set_dtype(dtype)
             mx.eval(self._model.parameters())
         except Exception as error:  # whatever its loader meets, in its own words
-            words = " ".join(str(error).split()) or "no reason given"
-            kind = type(error).__name__
-            raise PeerError(
-                f"--against {NAME}: {NAME} {self.version} cannot load {folder}: {kind}: {words}"
-            ) from error
+            raise self._failed(f"cannot load {folder}", error) from error
 
     def run(self, task: Task, repeat: int, prompt: Sequence[int], ours: Sequence[int]) -> PeerRun:
         """As many tokens as `ours` has after the prompt; end tokens end nothing here.
 
-        ours: what we emitted; compared after the clock has stopped.
+        ours: what we emitted; compared after the clock has stopped. PeerError where mlx-lm fails.
         """
+        try:
+            return self._run(task, repeat, prompt, ours)
+        except Exception as error:  # its own code on its own kernels
+            raise self._failed(f"failed on {task.prompt}", error) from error
+
+    def _run(self, task: Task, repeat: int, prompt: Sequence[int], ours: Sequence[int]) -> PeerRun:
         import mlx.core as mx
         from mlx_lm.generate import generate_step
 
@@ -101,6 +103,11 @@ class Peer:
             at,
             gap,
         )
+
+    def _failed(self, what: str, error: Exception) -> PeerError:
+        words = " ".join(str(error).split()) or "no reason given"
+        kind = type(error).__name__
+        return PeerError(f"--against {NAME}: {NAME} {self.version} {what}: {kind}: {words}")
 
     def _gap(self, tokens: list[int]) -> float:
         """How much better than the second token the first one is after `tokens`, in nats."""

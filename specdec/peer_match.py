@@ -39,7 +39,7 @@ def matches(done: Sweep) -> list[GroupMatch]:
     """Of every group, runs of budget 1 against those that the peer made right after them."""
     plain = {(run.cell.task, run.repeat): run for run in done.runs if run.cell.budget == 1}
     pairs: dict[Task, list[tuple[Run, PeerRun]]] = {}
-    for one in done.peer:
+    for one in done.peer or ():
         pairs.setdefault(one.task, []).append((plain[one.task, one.repeat], one))
     found = []
     for group in done.grid.groups:
@@ -86,7 +86,7 @@ def peer_report(done: Sweep, version: str) -> str:
         )
     lines = [f"plain decoding against {NAME} {version}, same checkpoint and prompts", table(rows)]
     told: set[Task] = set()
-    for peer in done.peer:
+    for peer in done.peer or ():
         if peer.first_difference is not None and peer.task not in told:
             told.add(peer.task)
             lines.append(

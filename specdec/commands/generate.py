@@ -1,7 +1,6 @@
 """`specdec generate`: one prompt, its text streamed, then what it took."""
 
 import sys
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,13 +9,13 @@ import click
 
 from specdec.commands.budgets import Budget, NodesOrAuto, max_budget_option, planned
 from specdec.commands.console import Console
-from specdec.commands.live import LiveLine
 from specdec.commands.options import (
     model_options,
     routing_options,
     timing_option,
     tree_option,
 )
+from specdec.commands.runs import Runs
 from specdec.commands.sampling import sampling, sampling_options
 from specdec.commands.watch import Watch, watch_options
 from specdec.commands.watch import check as check_watch
@@ -24,11 +23,8 @@ from specdec.errors import DisagreementError, PromptError, SpecdecError
 
 if TYPE_CHECKING:
     from specdec.generation import Request, Result
-    from specdec.load import Loaded
     from specdec.metrics import Memory
-    from specdec.round import Round
     from specdec.tokenizer import Tokenizer
-    from specdec.writer import Piece
 
 DEFAULT_BUDGET = 6
 WARM_UP_PROMPT, WARM_UP_TOKENS = 32, 8
@@ -107,7 +103,7 @@ def generate(**options: Any) -> None:
             sampling=chosen,
             max_budget=largest if budget == "auto" else None,
         )
-        runs, watch = _Runs(loaded, console), Watch(options, tokenizer, console)
+        runs, watch = Runs(loaded, console), Watch(options, tokenizer, console)
         ended: BaseException | None = None
         try:
             if options["compare"]:
@@ -205,55 +201,7 @@ def _encode(
     return text, tuple(tokenizer.encode(text, add_special=False))
 
 
-class _Runs:
-    """The runs of one command, each kept under its name, whole or not."""
-
-    def __init__(self, loaded: "Loaded", console: Console) -> None:
-        self.results: dict[str, Result] = {}
-        self._loaded, self._console = loaded, console
-
-    def make(self, name: str, request: "Request", watch: Watch | None) -> None:
-        """Run a request and keep its result; KeyboardInterrupt and SpecdecError come after.
-
-        watch: where the text goes; None to show none.
-        """
-        cache = self._loaded.engine.target.experts
-        shown = watch is not None and watch.on_terminal
-        live = LiveLine(self._console, cache, f"{name}:", request.max_tokens, shown)
-
-        def both(piece: "Piece") -> None:
-            if watch is not None:
-                watch.text(piece)
-            live.text()
-
-        on_round = None if watch is None else watch.on_round
-        try:
-            self.results[name] = self.pass_by(name, request, both, on_round)
-        except SpecdecError as error:
-            if error.result is not None:
-                self.results[name] = error.result
-            raise
-        finally:
-            live.end()
-        if self.results[name].finish == "interrupted":
-            raise KeyboardInterrupt
-
-    def pass_by(
-        self,
-        name: str,
-        request: "Request",
-        on_text: "Callable[[Piece], None] | None" = None,
-        on_round: "Callable[[Round], None] | None" = None,
-    ) -> "Result":
-        """Run a request and keep nothing."""
-        from specdec.generation import generate as run
-
-        progress = self._console.progress(f"{name} prompt:")
-        engine, tokenizer = self._loaded.engine, self._loaded.tokenizer
-        return run(engine, tokenizer, request, on_text, progress, on_round)
-
-
-def _compare(runs: _Runs, request: "Request", console: Console, watch: Watch) -> None:
+def _compare(runs: Runs, request: "Request", console: Console, watch: Watch) -> None:
     """Warm up both ways, then run plain and speculative; only the latter is shown."""
     plain = replace(request, budget=1)
     console.say("order: a short warm-up, autoregressive, speculative")

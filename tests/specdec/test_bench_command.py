@@ -342,6 +342,19 @@ def test_tokens_that_part_are_told_and_are_no_error(pair, prompts, tmp_path, mon
     assert all(one["gap"] > 0 for one in document["peer"]["runs"])
 
 
+def test_an_error_of_mlx_lm_is_told_in_a_line(pair, prompts, monkeypatch):
+    generate = pytest.importorskip("mlx_lm.generate")
+
+    def broken(*arguments, **options):
+        raise ValueError("no kernel\nfor this")
+
+    monkeypatch.setattr(generate, "generate_step", broken)
+    done = run(*against(pair, prompts))
+    assert done.exit_code == 2
+    assert "failed on c: ValueError: no kernel for this\n" in done.stderr
+    assert done.stdout.startswith("PARTIAL: ended after 1 of 6 runs\n")
+
+
 def test_without_mlx_lm_it_says_what_to_install(pair, prompts, monkeypatch):
     for name in [name for name in sys.modules if name.partition(".")[0] == "mlx_lm"]:
         monkeypatch.delitem(sys.modules, name)
