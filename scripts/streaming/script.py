@@ -29,6 +29,7 @@ from specdec.tree.block import Block
 from specdec.tree.draft_tree import DraftTree
 
 AGREEMENT = (0.83, 0.72, 0.60, 0.53, 0.47)  # the last one from there on
+LEAST = 0.34  # of the first rank's probability
 CONCENTRATION = 1.6  # of the beta distribution
 FORESIGHT = 0.8  # of the next layer's router; 0.74 to 0.89 are reported (colibri, BigMoeOnEdge#101)
 RAISED = 64.0  # above every logit of a random model
@@ -101,11 +102,13 @@ class Script:
         for slot in range(block.slots):
             rng = np.random.default_rng((self.first + length, slot))
             mean = AGREEMENT[min(slot, len(AGREEMENT) - 1)]
-            sure = rng.beta(CONCENTRATION * mean, CONCENTRATION * (1 - mean))
-            # the second rank has half of what is left, the third half of that ...
+            # The second rank has half of what the first leaves, the third half of that, and so on:
+            # the first stays the first if it has more than a third.
+            part = (mean - LEAST) / (1 - LEAST)
+            drawn = rng.beta(CONCENTRATION * part, CONCENTRATION * (1 - part))
+            sure = LEAST + (1 - LEAST) * drawn
             rest = (1 - sure) * 0.5 ** np.arange(1, block.width)
-            shares = np.maximum(np.concatenate([[sure], rest]), 1e-12)
-            ranked = -np.sort(-shares)
+            ranked = np.maximum(np.concatenate([[sure], rest]), 1e-12)
             others = rng.choice(trace.shape.vocabulary - 1, 2 * block.width + 1, replace=False)
             at = self.first + length + slot + 1
             true = int(trace.tokens[at])
