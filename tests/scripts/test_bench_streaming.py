@@ -137,7 +137,7 @@ def test_every_part_runs(tmp_path):
         assert one["acceptance"] == 1
         assert (one["share"] == 1) == (one["rate_share"] == 1)
         assert 0 < one["possible"] <= 1
-    rounds = {}
+    rounds: dict[int | str, list[float]] = {}
     for one in figures["speculation"]["settings"]:
         rounds.setdefault(one["budget"], []).append(one["acceptance"])
     assert set(rounds) == {1, 2, 4, "auto"}
