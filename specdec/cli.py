@@ -17,6 +17,7 @@ from specdec.commands.doctor import doctor
 from specdec.commands.generate import generate
 from specdec.commands.inspect import inspect
 from specdec.commands.repack import repack
+from specdec.commands.report import report
 from specdec.commands.simulate import simulate
 from specdec.entry import INTERRUPTED
 from specdec.errors import OutputClosedError, SpecdecError
@@ -49,5 +50,5 @@ def main() -> None:
     """
 
 
-for _command in (generate, bench, inspect, doctor, repack, simulate):
+for _command in (generate, bench, inspect, doctor, repack, simulate, report):
     main.add_command(_command)

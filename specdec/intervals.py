@@ -33,6 +33,17 @@ class Estimate:
 
 NOTHING = Estimate(None)
 
+
+def told(one: Estimate, digits: int = 2, scale: float = 1.0) -> str:
+    """A figure and its interval: "1.31 (1.22 to 1.40)"."""
+    if one.value is None:
+        return "-"
+    text = f"{scale * one.value:.{digits}f}"
+    if one.low is None or one.high is None:
+        return text
+    return f"{text} ({scale * one.low:.{digits}f} to {scale * one.high:.{digits}f})"
+
+
 Sums = tuple[float, float]
 """A numerator and a denominator, of a round or summed over a cluster."""
 

@@ -9,7 +9,7 @@ import math
 import statistics
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 from specdec.intervals import NOTHING, Clusters, Estimate, Sums, per_prompt, pooled, share
@@ -209,9 +209,10 @@ def costs(prompts: Prompts) -> tuple[Cost, ...]:
 
 
 def per_round(prompts: Prompts, count: Callable[[Round], float]) -> Estimate:
-    """The mean of a count over all rounds."""
+    """The mean over all rounds of a count, which is never below 0."""
     clusters = _clusters(prompts, lambda one: (count(one), 1))
-    return pooled(clusters) if clusters.sums else NOTHING
+    found = pooled(clusters) if clusters.sums else NOTHING
+    return found if found.low is None else replace(found, low=max(0.0, found.low))
 
 
 def _quartiles(values: Sequence[float]) -> tuple[float, float, float]:

@@ -32,15 +32,20 @@ def vocabulary(
 def pieces(texts: Vocabulary, tokens: Sequence[int]) -> list[str]:
     """Per token the text that it completes: a character split over tokens stands at its last.
 
-    An unfinished character at the end is U+FFFD there; a token without text is "<id>".
+    An unfinished character at the end is U+FFFD there.
     """
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-    done = []
-    for at, token in enumerate(tokens):
-        text = texts.get(str(token), f"<{token}>")
-        raw = text.encode() if isinstance(text, str) else bytes(text)
-        done.append(decoder.decode(raw, final=at + 1 == len(tokens)))
-    return done
+    last = len(tokens) - 1
+    return [
+        decoder.decode(token_bytes(texts, token), final=at == last)
+        for at, token in enumerate(tokens)
+    ]
+
+
+def token_bytes(texts: Vocabulary, token: int) -> bytes:
+    """The bytes that a token stands for; "<id>" for one that the vocabulary does not have."""
+    text = texts.get(str(token), f"<{token}>")
+    return text.encode() if isinstance(text, str) else bytes(text)
 
 
 def _text(raw: bytes) -> str | list[int]:

@@ -4,11 +4,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+from specdec.intervals import told
 from specdec.reports.comparisons import Comparison, comparisons
 from specdec.reports.figures import Figures, figures
 from specdec.reports.series import Series, series
 from specdec.run_file import RunFile
-from specdec.units import size
 
 
 @dataclass(frozen=True)
@@ -70,15 +70,17 @@ def _warnings(report: Report) -> list[str]:
     models = {str(file.settings.get("model") or "the demo pair") for file in report.files}
     if len(models) > 1:
         words.append(f"the files are of different models: {', '.join(sorted(models))}")
-    slots = {size(file.plan["total"]) for file in report.files}
-    if len(slots) > 1:
-        words.append(f"the files had different memory plans: {', '.join(sorted(slots))}")
+    kept = {(len(file.plan["pinned"]), file.plan["slots"]) for file in report.files}
+    if len(kept) > 1:
+        plans = ", ".join(f"{pins} layers pinned and {slots} slots" for pins, slots in sorted(kept))
+        words.append(f"the files kept different experts in memory: {plans}")
     for one in report.comparisons:
         if not one.tokens_equal and one.kind == _total(report, one.series):
             words.append(f"tokens DIFFER between {one.series} and {one.against}")
-        if one.speed.value is not None and one.speed.value < 1 and _is_plain(report, one.against):
+        if _is_slower(one, report):
             words.append(
-                f"{one.series} ({one.kind}) was SLOWER than plain decoding: {one.speed.value:.2f}x"
+                f"{one.series} ({one.kind}) was SLOWER than plain decoding: "
+                f"{told(one.speed)} times its speed"
             )
     return words
 
@@ -87,5 +89,8 @@ def _total(report: Report, name: str) -> str:
     return next(one.kinds[-1] for one in report.series if one.name == name)
 
 
-def _is_plain(report: Report, name: str) -> bool:
-    return any(one.plain for one in report.series if one.name == name)
+def _is_slower(one: Comparison, report: Report) -> bool:
+    """All prompts together, or a class whose whole interval lies below 1."""
+    plain = any(other.plain for other in report.series if other.name == one.against)
+    least = one.speed.value if one.kind == _total(report, one.series) else one.speed.high
+    return plain and least is not None and least < 1

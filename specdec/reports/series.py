@@ -31,6 +31,11 @@ class Series:
         return self.budget == 1
 
     @property
+    def work(self) -> str:
+        """The same for series of the same prompts under the same conditions."""
+        return repr((self.context, sorted(self.by_prompt)))
+
+    @property
     def kinds(self) -> tuple[str, ...]:
         """Classes of its prompts, then "all" unless there is just one."""
         kinds = tuple(dict.fromkeys(run.kind for run in self.runs))

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from specdec.intervals import CONFIDENCE, Estimate
+from specdec.intervals import CONFIDENCE, Estimate, told
 from specdec.reports.figures import Figures
 from specdec.reports.report import Report
 from specdec.units import number, percent, size
@@ -41,21 +41,6 @@ def tables(report: Report) -> Iterator[Table]:
             yield table
 
 
-def interval(one: Estimate, digits: int = 2, scale: float = 1.0) -> str:
-    """A figure and its interval: "1.31 (1.22 to 1.40)"."""
-    if one.value is None:
-        return "-"
-    text = f"{scale * one.value:.{digits}f}"
-    if one.low is None or one.high is None:
-        return text
-    return f"{text} ({scale * one.low:.{digits}f} to {scale * one.high:.{digits}f})"
-
-
-def interval_percent(one: Estimate) -> str:
-    """The same of a share."""
-    return interval(one, 1, 100) + (" %" if one.value is not None else "")
-
-
 def unit(one: Estimate) -> str:
     """What an interval is over."""
     return f"{one.count} {one.unit}" if one.low is not None else "-"
@@ -65,8 +50,8 @@ def _speeds(report: Report) -> Table:
     return Table(
         "speed",
         "Speed",
-        f"Decode tokens per second, prefill excluded: median over prompts of the median over "
-        f"repeats, with its {CONFIDENCE:.0%} interval. An interval over blocks (of rounds) tells "
+        "Decode tokens per second, prefill excluded: median over prompts of the median over "
+        f"repeats, with its {100 * CONFIDENCE:.0f} % interval. One over blocks (of rounds) tells "
         "of these prompts and these runs only.",
         ("run", "class", "prompts", "decode tok/s", "over", "prefill tok/s", "first token s"),
         tuple(
@@ -74,7 +59,7 @@ def _speeds(report: Report) -> Table:
                 one.series,
                 one.kind,
                 str(one.prompts),
-                interval(one.speed, 1),
+                told(one.speed, 1),
                 unit(one.speed),
                 number(one.prefill),
                 number(one.first, 3),
@@ -97,9 +82,9 @@ def _comparisons(report: Report) -> Table:
                 one.against,
                 one.kind,
                 str(one.prompts),
-                interval(one.speed),
+                told(one.speed),
                 unit(one.speed),
-                interval(one.length),
+                told(one.length),
                 "equal" if one.tokens_equal else "DIFFER",
             )
             for one in report.comparisons
@@ -135,9 +120,9 @@ def _depths(totals: Iterable[Figures]) -> Table:
             (
                 one.series,
                 str(at.depth),
-                interval(at.reached, 1, 100),
+                told(at.reached, 1, 100),
                 str(at.visits),
-                interval(at.rate, 1, 100),
+                told(at.rate, 1, 100),
             )
             for one in totals
             for at in one.depths
@@ -158,7 +143,7 @@ def _ranks(totals: Iterable[Figures]) -> Table:
                 one.series,
                 str(at.rank),
                 str(at.visits),
-                interval(at.rate, 1, 100),
+                told(at.rate, 1, 100),
                 percent(at.share),
             )
             for one in totals
@@ -178,7 +163,7 @@ def _calibration(totals: Iterable[Figures]) -> Table:
                     f"{part.low:.1f} to {part.high:.1f}",
                     str(part.nodes),
                     percent(part.predicted),
-                    interval(part.accepted, 1, 100),
+                    told(part.accepted, 1, 100),
                 )
             )
         if one.calibration.error is not None:
@@ -257,9 +242,9 @@ def _experts(every: Iterable[Figures]) -> Table:
             (
                 one.series,
                 one.kind,
-                interval(one.experts, 1),
-                interval(one.misses, 2),
-                interval(one.stall, 3),
+                told(one.experts, 1),
+                told(one.misses, 2),
+                told(one.stall, 3),
                 percent(one.hit_rate),
                 "-" if one.bytes_per_token is None else size(one.bytes_per_token),
             )

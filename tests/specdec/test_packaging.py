@@ -57,7 +57,7 @@ def modules(folder):
 def test_every_module_is_in_the_wheel(installed):
     for room in ROOMS:
         assert modules(ROOT / room) == modules(installed / "specdec" / room)
-    for folder in (ROOT / "specdec", ROOT / "specdec/commands"):
+    for folder in (ROOT / "specdec", ROOT / "specdec/commands", ROOT / "specdec/reports"):
         packed = installed / folder.relative_to(ROOT)
         assert {p.name for p in folder.glob("*.py")} == {p.name for p in packed.glob("*.py")}
 
