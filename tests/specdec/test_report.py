@@ -152,6 +152,18 @@ def test_no_path_writes_nothing(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_file_that_is_written_again_is_whole_each_time(tmp_path):
+    path = tmp_path / "run.json"
+    parts = [json.dumps({"run": n, "text": "€" * n}) for n in range(3)]
+    with record.JsonFile(str(path)) as file:
+        for count in range(4):
+            for document in ({"a": 1}, {"a": "x" * 200, "b": {"c": [1, 2]}}):
+                file.write(document, {"runs": parts[:count]})
+                expected = document | {"runs": [json.loads(part) for part in parts[:count]]}
+                assert json.loads(path.read_text()) == expected
+    assert [one.name for one in tmp_path.iterdir()] == ["run.json"]
+
+
 def test_a_run_in_json_is_complete():
     done = result(accepted=[2, 0], nodes=4)
     value = json.loads(json.dumps(record.run(done, measure(done)), allow_nan=False))
