@@ -14,11 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from specdec import intervals
 from specdec.errors import SpecdecError
 from specdec.expert_metrics import ExpertMetrics, expert_metrics
 from specdec.ratio import ratio
 from specdec.sampling import GREEDY, Sampling
 from specdec.substitutions import SubstitutionMetrics, substitutions
+from specdec.text_times import block_times
 
 if TYPE_CHECKING:  # for types only: counting must not pay for importing MLX
     from specdec.generation import Result
@@ -120,13 +122,16 @@ class Memory:
 class Comparison:
     """The same prompt without (`plain`) and with (`speculative`) speculation.
 
-    speedup: decode tokens/s, speculative over plain; prefill excluded.
+    speedup: decode tokens/s, speculative over plain; prefill excluded. speedup_low, speedup_high:
+        its interval at 95 % confidence, over blocks of the text; None for a short or cut-off text.
     first_difference: position of the first token that differs; None when all agree.
     """
 
     plain: Metrics
     speculative: Metrics
     speedup: float | None
+    speedup_low: float | None
+    speedup_high: float | None
     first_difference: int | None
 
     @property
@@ -169,10 +174,14 @@ def measure(result: "Result") -> Metrics:
 def compare(plain: "Result", speculative: "Result") -> Comparison:
     """Both runs of one prompt, side by side."""
     before, after = measure(plain), measure(speculative)
-    speedup = None
+    speedup = intervals.NOTHING
     if before.decode_tokens_per_second and after.decode_tokens_per_second:
-        speedup = after.decode_tokens_per_second / before.decode_tokens_per_second
-    return Comparison(before, after, speedup, first_difference(plain.tokens, speculative.tokens))
+        speedup = intervals.paired(
+            after.decode_tokens_per_second / before.decode_tokens_per_second,
+            [block_times([speculative], [plain])],
+        )
+    differing = first_difference(plain.tokens, speculative.tokens)
+    return Comparison(before, after, speedup.value, speedup.low, speedup.high, differing)
 
 
 def first_difference(left: Sequence[int], right: Sequence[int]) -> int | None:

@@ -170,6 +170,8 @@ def comparison(done: "Comparison") -> dict[str, Any]:
     return {
         "order": ["autoregressive", "speculative"],
         "speedup": done.speedup,
+        "speedup_low": done.speedup_low,
+        "speedup_high": done.speedup_high,
         "tokens_equal": done.equal,
         "first_difference": done.first_difference,
     }

@@ -1,7 +1,7 @@
 """What a run is told in words: a summary, and two runs side by side. Figures: specdec.metrics."""
 
 from specdec.metrics import ACCEPTANCE_LENGTH, Comparison, Memory, Metrics
-from specdec.units import number, percent, size, table
+from specdec.units import interval, number, percent, size, table
 
 
 def summary(metrics: Metrics, memory: Memory) -> str:
@@ -77,6 +77,9 @@ def verdict(comparison: Comparison) -> list[str]:
         lines = ["speed-up    none to tell: a run is too short to time"]
     else:
         lines = [f"speed-up    {speedup:.2f}x (decode tok/s, prefill excluded)"]
+        if comparison.speedup_low is not None:
+            ends = interval(comparison.speedup_low, comparison.speedup_high)
+            lines[0] += f", 95 % interval {ends} over blocks of this text"
         if speedup < 1:
             lines.append(
                 f"            Speculation was SLOWER than plain decoding here: {speedup:.2f} times "

@@ -1,8 +1,8 @@
 """Comparisons: two series on the prompts that both have, prompt by prompt.
 
 A ratio of speeds is the median over prompts of each prompt's own ratio. With few prompts its
-interval comes from blocks of the text: both series spent some time on the same tokens, so the times
-of a block are a pair. It tells of changes within the runs, not between one day and another.
+interval comes from blocks of the text (`specdec.text_times`): it tells of changes within the runs,
+not between one day and another.
 """
 
 from collections.abc import Sequence
@@ -10,20 +10,18 @@ from dataclasses import dataclass
 
 from specdec.aggregate import median
 from specdec.intervals import (
-    BLOCKS,
     NOTHING,
     PROMPTS,
     Clusters,
     Estimate,
-    Sums,
     difference,
     paired,
     per_prompt,
 )
 from specdec.intervals import median as median_estimate
 from specdec.reports.series import Series
-from specdec.round import Round
 from specdec.run_file import RecordedRun
+from specdec.text_times import block_times
 
 CUT_OFF = "interrupted"
 
@@ -110,7 +108,7 @@ def _speed(pairs: Pairs) -> Estimate:
     value = median(ratios)
     if len(ratios) >= PROMPTS or value is None:
         return median_estimate(ratios)
-    return paired(value, [_times(ours, theirs) for ours, theirs in pairs])
+    return paired(value, [block_times(ours, theirs) for ours, theirs in pairs])
 
 
 def _length(pairs: Pairs) -> Estimate:
@@ -126,28 +124,3 @@ def _length(pairs: Pairs) -> Estimate:
         each = Clusters(tuple((gap, 1.0) for gap in gaps), tuple(range(len(gaps))), "prompts")
         return per_prompt(each)
     return difference(*map(per_prompt, sides))
-
-
-def _times(ours: Sequence[RecordedRun], theirs: Sequence[RecordedRun]) -> list[Sums]:
-    """Seconds that each spent on the same parts of the text: theirs over ours is the speed-up."""
-    tokens = min(len(run.tokens) for run in (*ours, *theirs)) - 1  # the first is the prefill's
-    blocks = max(1, min(BLOCKS, tokens // 4))
-    edges = [tokens * at / blocks for at in range(blocks + 1)]
-    mine, base = ([_spent(run.rounds, edges) for run in runs] for runs in (ours, theirs))
-    return [
-        (sum(times) / len(theirs), sum(others) / len(ours))
-        for times, others in zip(zip(*base, strict=True), zip(*mine, strict=True), strict=True)
-    ]
-
-
-def _spent(rounds: Sequence[Round], edges: Sequence[float]) -> list[float]:
-    """Seconds between edges, in emitted tokens; a round's time is spread over its tokens."""
-    spent, at = [0.0] * (len(edges) - 1), 0
-    for one in rounds:
-        count = one.accepted + 1
-        each = sum(vars(one.seconds).values()) / count
-        for block in range(len(spent)):
-            within = min(at + count, edges[block + 1]) - max(at, edges[block])
-            spent[block] += each * max(0.0, within)
-        at += count
-    return spent

@@ -240,6 +240,7 @@ def _throughput(work: dict[str, str]) -> Draw:
         for line in joined.values():
             axes.plot(*zip(*sorted(line), strict=True), color=INK, lw=1, alpha=0.5, zorder=1)
         axes.set_ylim(bottom=0)
+        axes.locator_params(axis="x", integer=True)
         axes.set_xlabel("budget (1: autoregressive)")
         axes.set_ylabel("tokens per second")
 
