@@ -103,9 +103,9 @@ def prompts_json(
 
 def fingerprint(folder: Path) -> str:
     """Tells a checkpoint from another, and from what it was before it was written again: SHA-256
-    of its config and of the names, sizes and times of its weight files."""
+    of its config and of the names, sizes and times of its files."""
     digest = hashlib.sha256((folder / "config.json").read_bytes())
-    for path in sorted(folder.glob("*.safetensors")):
+    for path in sorted(path for path in folder.iterdir() if path.is_file()):
         about = path.stat()
         digest.update(f"{path.name} {about.st_size} {about.st_mtime_ns}\n".encode())
     return digest.hexdigest()
