@@ -260,9 +260,10 @@ class _Queue:
             try:
                 count = checkpoint.read_at(self.files.descriptors[piece.file], buffers, at)
             except OSError as error:
+                way_out = self.files.way_out(error)
                 raise ExpertReadError(
                     f"{path}: reading {piece.needed - progress.bytes} bytes at byte {at} failed: "
-                    f"{error.strerror or error}"
+                    f"{error.strerror or error}{way_out}"
                 ) from error
             progress.reads += 1
             if count <= 0 or (

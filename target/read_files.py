@@ -4,6 +4,7 @@
 cannot do that, and for a file that is no longer the one whose header was read.
 """
 
+import errno
 import fcntl
 import os
 from collections.abc import Sequence
@@ -44,6 +45,10 @@ class ReadFiles:
                 f"{self.path(file)}: was changed while it was open: {before[2]} bytes before, "
                 f"{now[2]} now"
             )
+
+    def way_out(self, error: OSError) -> str:
+        """What to say beside a failed read: some file systems take O_DIRECT, not the reads."""
+        return "; use --io buffered" if self._own and error.errno == errno.EINVAL else ""
 
     def close(self) -> None:
         """Close what was opened here."""

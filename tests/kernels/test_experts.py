@@ -121,6 +121,45 @@ def test_feed_forward_is_the_residual_and_the_weighted_sum(backend, shared):
     assert same_bits(fetch(whole), y)
 
 
+@each_exact_backend
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    rows=st.integers(1, 9),
+    top_k=st.integers(1, 4),
+    waves=st.integers(1, 4),
+    shared=st.sampled_from([None, (4, 32), (8, 64)]),
+)
+@settings(max_examples=25, deadline=None)
+def test_any_waves_and_the_shared_expert_ahead_give_the_bits_of_all_at_once(
+    backend, seed, rows, top_k, waves, shared
+):
+    """Whichever experts come in whichever wave, a row adds them up in the order of its routing."""
+    rng = np.random.default_rng(seed)
+    on = Operations(backend)
+    bank = on.place(bank_of(rng, 6, [(4, 32)] * 3)[0])
+    x, norm = on.place(normal(rng, rows, HIDDEN)), Norm(on.place(normal(rng, HIDDEN)), 1e-6)
+    chosen = np.stack([rng.permutation(6)[:top_k] for _ in range(rows)]).astype(np.int32)
+    weights = rng.random((rows, top_k)).astype(np.float32)
+    routing = Routing(on.place(chosen), on.place(weights))
+    table, of_wave = rng.permutation(6).astype(np.int32), rng.integers(0, waves, 6)
+    own = gate = hidden = None
+    if shared:
+        alone, _ = bank_of(rng, 1, [shared] * 3, inner=64)
+        own = SharedExpert(*(_first(on.place(w)) for w in (alone.gate, alone.up, alone.down)))
+        gate = Piece(on.place(normal(rng, rows, 3)), 1, 1)
+        hidden = shared_hidden(x, norm, own)  # before any routed expert
+    parts = [
+        experts_apart(
+            x, norm, bank, routing, on.place(np.where(of_wave == wave, table, -1).astype(np.int32))
+        )
+        for wave in range(waves)
+        if (of_wave[chosen] == wave).any()
+    ]
+    apart = sum(parts[1:], parts[0])
+    whole = feed_forward(x, norm, bank, routing, on.place(table), own, gate)
+    assert same_bits(fetch(combine(x, apart, routing, own, hidden, gate)), fetch(whole))
+
+
 def _first(weight):
     """The first matrix of a stack."""
     return weight._each(lambda array: array[0])

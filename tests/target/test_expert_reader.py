@@ -1,7 +1,9 @@
 """The reader of experts: right bytes in any mode, and every fault of a disk told in words."""
 
 import errno
+import fcntl
 import os
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -231,6 +233,91 @@ def test_a_file_system_without_direct_reads_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "open", refusing)
     with pytest.raises(CheckpointError, match=r"--io direct is refused: .*; use --io buffered"):
         ExpertReader([StoreFile(disk.paths[0], disk.descriptors[0])], 2, direct=True)
+    disk.close()
+
+
+class Macos:
+    """The calls that a Mac has in place of O_DIRECT."""
+
+    F_NOCACHE = 48  # as <fcntl.h> has it there
+
+    def __init__(self, patch, error=None):
+        self.told, self.error = [], error
+        patch.delattr(os, "O_DIRECT", raising=False)
+        patch.setattr(fcntl, "F_NOCACHE", self.F_NOCACHE, raising=False)
+        patch.setattr(fcntl, "fcntl", self)
+
+    def __call__(self, descriptor, command, argument=0):
+        self.told.append((descriptor, command, argument))
+        if self.error is not None:
+            raise OSError(self.error, os.strerror(self.error))
+        return 0
+
+
+def test_on_a_mac_direct_reads_ask_for_no_cache(tmp_path, monkeypatch):
+    """Descriptors of its own, told F_NOCACHE; reads need no alignment there, so none is paid."""
+    macos = Macos(monkeypatch)
+    disk = Disk(tmp_path, direct=True)
+    descriptors = disk.reader._queue.files.descriptors
+    assert macos.told == [(descriptor, Macos.F_NOCACHE, 1) for descriptor in descriptors]
+    assert len(set(descriptors) | set(disk.descriptors)) == 2 * len(disk.descriptors)
+    slices = [disk.wanted(0, 4097, 5001), disk.wanted(1, 3, 777)]
+    assert disk.reader.submit(slices).wait(10)
+    disk.check(slices)
+    assert disk.reader.counters().bytes == 4 * (5001 + 777)
+    disk.reader.close()
+    for descriptor in descriptors:
+        with pytest.raises(OSError, match="Bad file descriptor"):
+            os.fstat(descriptor)
+    disk.close()
+
+
+def test_a_mac_that_refuses_is_named_and_nothing_stays_open(tmp_path, monkeypatch):
+    disk, before = Disk(tmp_path), len(os.listdir("/dev/fd"))
+    Macos(monkeypatch, errno.ENOTSUP)
+    with pytest.raises(CheckpointError, match=r"file0\.bin: --io direct is refused: .*supported"):
+        ExpertReader([StoreFile(disk.paths[0], disk.descriptors[0])], 2, direct=True)
+    assert len(os.listdir("/dev/fd")) == before
+    disk.close()
+
+
+def test_a_system_without_either_is_named(tmp_path, monkeypatch):
+    disk = Disk(tmp_path)
+    monkeypatch.delattr(os, "O_DIRECT", raising=False)
+    monkeypatch.delattr(fcntl, "F_NOCACHE", raising=False)
+    with pytest.raises(CheckpointError, match="this system has no reads past its page cache"):
+        ExpertReader([StoreFile(disk.paths[0], disk.descriptors[0])], 2, direct=True)
+    disk.close()
+
+
+def test_a_file_system_in_memory_reads_or_says_that_it_cannot():
+    """tmpfs takes O_DIRECT in some kernels only."""
+    if not os.path.isdir("/dev/shm"):
+        pytest.skip("no tmpfs here")
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
+        if not can_read_directly(Path(folder)):
+            with pytest.raises(CheckpointError, match=r"direct is refused: .*; use --io buffered"):
+                Disk(Path(folder), direct=True)
+            return
+        disk = Disk(Path(folder), direct=True)
+        slices = [disk.wanted(0, 100, 5000)]
+        disk.reader.submit(slices).wait()
+        disk.check(slices)
+        disk.close()
+
+
+def test_a_direct_read_that_the_file_system_refuses_names_the_way_out(tmp_path, monkeypatch):
+    """Some take O_DIRECT when a file is opened, and refuse the reads."""
+    if not hasattr(os, "O_DIRECT"):
+        pytest.skip("no O_DIRECT here")
+    disk = Disk(tmp_path, direct=True)
+
+    def refused(*arguments):
+        raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+
+    monkeypatch.setattr(checkpoint_module, "read_at", refused)
+    with pytest.raises(ExpertReadError, match=r"Invalid argument; use --io buffered"):
+        disk.reader.submit([disk.wanted(0, 0, 100)]).wait()
     disk.close()
 
 

@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 
 from specdec import checkpoint as checkpoint_module
+from specdec.kernels import experts as kernels
+from specdec.target import mlp
 from specdec.target.streaming import Streaming
 from tests.backends import each_exact_backend, same_bits
 from tests.checkpoints import write_checkpoint
@@ -52,6 +54,28 @@ def test_the_same_bits_however_experts_come(folder, backend, slots, way):
             others, other = session(target, prefetching)
             assert other == state
             assert all(same_bits(a, b) for a, b in zip(logits, others, strict=True))
+
+
+@each_exact_backend
+def test_the_shared_expert_begins_while_experts_are_read(folder, backend, monkeypatch):
+    """Also where none of them is there yet, and nothing else could be computed."""
+    real, under_way = checkpoint_module.read_at, []
+
+    def slow(*arguments):
+        time.sleep(0.01)
+        return real(*arguments)
+
+    def shared(*arguments):
+        loads = target.experts._loads._running
+        under_way.append(sum(not load.request.done for load in loads))
+        return kernels.shared_hidden(*arguments)
+
+    with opened(folder, backend, pins=1, slots=24, streaming=Streaming(prefetch="off")) as target:
+        monkeypatch.setattr(checkpoint_module, "read_at", slow)
+        monkeypatch.setattr(mlp, "shared_hidden", shared)
+        prefill(target, PROMPT[:1])
+        unpinned = sum(not one.pinned for one in target.experts.counters())
+        assert under_way == [1] * unpinned
 
 
 @each_exact_backend
