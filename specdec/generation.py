@@ -19,9 +19,9 @@ from specdec.round import Prefill, Round
 from specdec.sampling import GREEDY, Sampling
 from specdec.target.config import TargetConfig
 from specdec.target.expert_counters import LayerCounters
-from specdec.target.expert_reader import ReadCounters
 from specdec.target.layer_clock import LayerTime
 from specdec.target.prefetch import PrefetchUse
+from specdec.target.read_queue import ReadCounters
 from specdec.target.streaming import Streaming
 from specdec.target.tolerance import LayerSubstitutions
 from specdec.token_hash import token_sha256

@@ -22,11 +22,12 @@ from specdec.target.admission import Admission
 from specdec.target.expert_bank import ExpertBank
 from specdec.target.expert_counters import LayerCounters, PinnedHits
 from specdec.target.expert_loads import ExpertLoads, Group
-from specdec.target.expert_reader import ExpertReader, ReadCounters
+from specdec.target.expert_reader import ExpertReader
 from specdec.target.guesses import LIKELY
 from specdec.target.pins import share_slots
 from specdec.target.policy import make_policy
 from specdec.target.quotas import protected_layers, quotas, union
+from specdec.target.read_queue import ReadCounters
 from specdec.target.slots import SlotTable
 from specdec.target.store import Store
 from specdec.target.streaming import Streaming

@@ -9,21 +9,15 @@ ExpertReadError, and nothing of that request counts as read. A file that was rep
 read as it was opened.
 """
 
-import mmap
-import threading
 import weakref
-from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
-from time import perf_counter
 
-from specdec import checkpoint
-from specdec.errors import ExpertReadError
-from specdec.target.read_files import ALIGNMENT, ReadFiles
-from specdec.target.read_plan import PIECE_BYTES, Piece, Slice, pieces
+from specdec.target.read_files import ALIGNMENT
+from specdec.target.read_plan import PIECE_BYTES, Slice
+from specdec.target.read_queue import ReadCounters, ReadQueue, Request
 from specdec.target.store import StoreFile
+from specdec.target.streaming import QUEUE_DEPTH
 
-QUEUE_DEPTH = 8
 # A thread's own memory beside its bounce buffer: the stack it touches, and conversions.
 THREAD_BYTES = 512 << 10
 
@@ -31,74 +25,6 @@ THREAD_BYTES = 512 << 10
 def reader_bytes(depth: int) -> int:
     """Memory that a reader of this queue depth takes."""
     return depth * (PIECE_BYTES + 2 * ALIGNMENT + THREAD_BYTES)
-
-
-@dataclass(frozen=True)
-class ReadCounters:
-    """What a reader did since the counters were reset.
-
-    bytes: returned by read calls, with what aligned reads take beside the slices.
-    reads: finished read calls. seconds: wall time in which at least one read was under way.
-    """
-
-    bytes: int
-    reads: int
-    seconds: float
-
-
-class Request:
-    """Slices on their way. Their memory holds nothing to rely on until `wait` has returned."""
-
-    def __init__(self, queue: "_Queue", todo: int, files: set[int]) -> None:
-        self._queue, self._files = queue, files
-        self._todo = todo
-        self._over = threading.Event()
-        self._error: BaseException | None = None
-        self.dropped = False  # by an error or by `cancel`: what has not begun never does
-        self.begun = False  # whether a thread has taken a piece of it
-        self.bytes_read = 0
-        if not todo:
-            self._over.set()
-
-    @property
-    def done(self) -> bool:
-        """Whether `wait` would return, or raise, at once."""
-        return self._over.is_set()
-
-    def wait(self, seconds: float | None = None) -> bool:
-        """Until everything is read, or for so long; whether it is.
-
-        ExpertReadError when a read failed: it names file, offset, what was wanted and what came.
-        """
-        if not self._over.wait(seconds):
-            return False
-        if self._error is not None:
-            raise self._error
-        if self.dropped:
-            raise ExpertReadError("the read was cancelled")
-        for file in self._files:
-            self._queue.files.check_unchanged(file)
-        return True
-
-    def cancel(self) -> None:
-        """Let go of what has not begun, and wait for what has: afterwards nobody writes to the
-        slices' memory any more."""
-        self._queue.cancel(self)
-        self._over.wait()
-
-    def hurry(self) -> None:
-        """What was asked for while idle has become urgent."""
-        self._queue.hurry(self)
-
-    def finish(self, count: int, error: BaseException | None) -> None:
-        """A piece is over (the queue's business, under its lock)."""
-        self.bytes_read += count
-        self._todo -= 1
-        if error is not None:
-            self._error = self._error or error
-            self.dropped = True
-        if self._todo == 0:
-            self._over.set()
 
 
 class ExpertReader:
@@ -110,7 +36,7 @@ class ExpertReader:
         """CheckpointError where direct reads are asked for and cannot be had."""
         assert depth >= 1
         self.depth, self.direct = depth, direct
-        self._queue = _Queue(files, depth, direct)
+        self._queue = ReadQueue(files, depth, direct)
         # The threads hold the queue, not the reader: they end with it.
         self._close = weakref.finalize(self, self._queue.close)
 
@@ -135,163 +61,3 @@ class ExpertReader:
     def close(self) -> None:
         """End the threads and close the files opened here; requests under way are dropped."""
         self._close()
-
-
-class _Queue:
-    """What readers' threads share: pieces in two lines, counters, descriptors."""
-
-    def __init__(self, files: Sequence[StoreFile], depth: int, direct: bool) -> None:
-        self.files, self._depth = ReadFiles(files, direct), depth
-        self._lines: tuple[deque, deque] = deque(), deque()  # urgent, idle
-        self._waiting = threading.Condition(threading.Lock())
-        self._threads: list[threading.Thread] = []
-        self._requests: set[Request] = set()  # that may not be over
-        self._closed, self._under_way, self._since = False, 0, 0.0
-        self._idle, self._most_idle = 0, max(1, depth // 2)  # threads at idle work, at most
-        self.reset_counters()
-
-    def submit(self, several: Sequence[Sequence[Slice]], idle: bool) -> list[Request]:
-        requests, line = [], []
-        for slices in several:
-            todo = list(pieces(slices, self.files.alignment))
-            requests.append(Request(self, len(todo), {piece.file for piece in todo}))
-            line += [(requests[-1], piece) for piece in todo]
-        with self._waiting:
-            assert not self._closed, "submit to a closed reader"
-            self._requests = {one for one in self._requests if not one.done} | set(requests)
-            self._lines[idle].extend(line)
-            wanted = self._under_way + len(self._lines[0]) + len(self._lines[1])
-            while len(self._threads) < min(self._depth, wanted):
-                thread = threading.Thread(target=self._work, name="expert reads", daemon=True)
-                self._threads.append(thread)
-                thread.start()
-            self._waiting.notify(min(len(line), self._most_idle) if idle else len(line))
-        return requests
-
-    def cancel(self, request: Request) -> None:
-        with self._waiting:
-            request.dropped = request.dropped or not request.done
-            for line in self._lines:
-                kept = [entry for entry in line if entry[0] is not request]
-                for _ in range(len(line) - len(kept)):
-                    request.finish(0, None)
-                line.clear()
-                line.extend(kept)
-
-    def drain(self) -> None:
-        with self._waiting:
-            requests = list(self._requests)
-        for request in requests:
-            request.cancel()
-
-    def hurry(self, request: Request) -> None:
-        with self._waiting:
-            urgent, idle = self._lines
-            urgent.extend(entry for entry in idle if entry[0] is request)
-            kept = [entry for entry in idle if entry[0] is not request]
-            self._waiting.notify(len(idle) - len(kept))
-            idle.clear()
-            idle.extend(kept)
-
-    def counters(self) -> ReadCounters:
-        with self._waiting:
-            running = perf_counter() - self._since if self._under_way else 0.0
-            return ReadCounters(self._bytes, self._reads, self._seconds + running)
-
-    def reset_counters(self) -> None:
-        with self._waiting:
-            self._bytes, self._reads, self._seconds = 0, 0, 0.0
-            self._since = perf_counter()
-
-    def close(self) -> None:
-        with self._waiting:
-            self._closed = True
-            for line in self._lines:
-                for request, _ in line:
-                    request.dropped = True
-                    request.finish(0, None)
-                line.clear()
-            self._waiting.notify_all()
-        for thread in self._threads:
-            if thread is not threading.current_thread():  # garbage is collected by any thread
-                thread.join()
-        self.files.close()
-
-    def _work(self) -> None:
-        """A thread's life."""
-        bounce = memoryview(mmap.mmap(-1, PIECE_BYTES + 2 * ALIGNMENT))  # aligned to a page
-        while True:
-            with self._waiting:
-                while not (self._lines[0] or (self._lines[1] and self._idle < self._most_idle)):
-                    if self._closed:
-                        return
-                    self._waiting.wait()
-                idle = not self._lines[0]
-                request, piece = self._lines[idle].popleft()
-                request.begun = True
-                if request.dropped:
-                    request.finish(0, None)
-                    continue
-                if self._under_way == 0:
-                    self._since = perf_counter()
-                self._under_way += 1
-                self._idle += idle
-            progress = _Progress()
-            error: BaseException | None = None
-            try:
-                self._read(piece, bounce, progress)
-            except BaseException as raised:  # an interrupt too belongs to whoever waits
-                error = raised
-            with self._waiting:
-                self._under_way -= 1
-                self._idle -= idle
-                if self._under_way == 0:
-                    self._seconds += perf_counter() - self._since
-                self._bytes += progress.bytes
-                self._reads += progress.reads
-                request.finish(progress.bytes, error)
-            del request, piece  # or this thread would keep their memory until the next
-
-    def _read(self, piece: Piece, bounce: memoryview, progress: "_Progress") -> None:
-        """Fill one piece; partial reads are continued."""
-        path, buffers = self.files.path(piece.file), piece.buffers(bounce)
-        while progress.bytes < piece.needed:
-            at = piece.offset + progress.bytes
-            try:
-                count = checkpoint.read_at(self.files.descriptors[piece.file], buffers, at)
-            except OSError as error:
-                way_out = self.files.way_out(error)
-                raise ExpertReadError(
-                    f"{path}: reading {piece.needed - progress.bytes} bytes at byte {at} failed: "
-                    f"{error.strerror or error}{way_out}"
-                ) from error
-            progress.reads += 1
-            if count <= 0 or (
-                count % self.files.alignment and progress.bytes + count < piece.needed
-            ):
-                raise ExpertReadError(
-                    f"{path}: short read at byte {at}: wanted "
-                    f"{piece.needed - progress.bytes} bytes, got {max(count, 0)}; the file is "
-                    "truncated"
-                )
-            progress.bytes += count
-            buffers = _after(buffers, count)
-        piece.deliver(bounce)
-
-
-@dataclass
-class _Progress:
-    """Of one piece, told also when it fails."""
-
-    bytes: int = 0
-    reads: int = 0
-
-
-def _after(buffers: list[memoryview], count: int) -> list[memoryview]:
-    """What of the buffers is left once `count` bytes are in."""
-    at = 0
-    while at < len(buffers) and count >= len(buffers[at]):
-        count -= len(buffers[at])
-        at += 1
-    rest = buffers[at:]
-    return [rest[0][count:], *rest[1:]] if rest and count else rest

@@ -7,7 +7,7 @@ from specdec.commands.console import Console
 from specdec.units import percent, size
 
 if TYPE_CHECKING:
-    from specdec.target.expert_reader import ReadCounters
+    from specdec.target.read_queue import ReadCounters
 
 
 class Traffic(Protocol):

@@ -5,7 +5,7 @@ import sys
 
 from specdec.commands.console import Console
 from specdec.commands.live import LiveLine
-from specdec.target.expert_reader import ReadCounters
+from specdec.target.read_queue import ReadCounters
 
 
 class Terminal(io.StringIO):

@@ -7,7 +7,8 @@ import os
 import pytest
 
 from specdec import checkpoint
-from specdec.target import expert_reader, trial
+from specdec.errors import ExpertReadError
+from specdec.target import read_queue, trial
 from specdec.target.streaming import PREFETCH
 from tests.commands import PROMPT, recorded, run
 from tests.pairs import write_pair
@@ -164,7 +165,7 @@ def test_reads_ahead_that_fail_end_nothing(pair, tmp_path, monkeypatch, way):
     """Every third read ahead meets an error; tokens are the same, and the failures are told."""
     _, _, good = generated(pair, tmp_path, *FEW, "--prefetch", "off")
     count, ahead, kept = [0], set(), []
-    original = expert_reader._Queue.submit
+    original = read_queue.ReadQueue.submit
 
     def marked(self, several, idle):
         requests = original(self, several, idle)
@@ -173,17 +174,17 @@ def test_reads_ahead_that_fail_end_nothing(pair, tmp_path, monkeypatch, way):
             kept.extend(requests)  # an id is another's once its owner is gone
         return requests
 
-    finish = expert_reader.Request.finish
+    finish = read_queue.Request.finish
 
     def finishing(self, done, error):
         if id(self) in ahead and done:
             count[0] += 1
             if count[0] % 3 == 0:
-                error = expert_reader.ExpertReadError("an error of the disk")
+                error = ExpertReadError("an error of the disk")
         finish(self, done, error)
 
-    monkeypatch.setattr(expert_reader._Queue, "submit", marked)
-    monkeypatch.setattr(expert_reader.Request, "finish", finishing)
+    monkeypatch.setattr(read_queue.ReadQueue, "submit", marked)
+    monkeypatch.setattr(read_queue.Request, "finish", finishing)
     done, _, one = generated(pair, tmp_path, *FEW, "--prefetch", way)
     assert one["tokens"] == good["tokens"]
     failed = one["metrics"]["experts"]["prefetch"]["failed"]
