@@ -4,6 +4,7 @@ from dataclasses import replace
 from itertools import product
 from typing import Any
 
+import mlx.core as mx
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -14,7 +15,7 @@ from specdec.budget import Fixed
 from specdec.choose import Greedy
 from specdec.engine import Engine
 from specdec.kernels.array import to_numpy
-from specdec.matching import Matching
+from specdec.matching import Matching, host_rows
 from specdec.sampling import Sampling
 from specdec.seen import Seen
 from specdec.swor import Swor, draft_probabilities
@@ -163,6 +164,15 @@ def test_rows_that_are_not_finite_are_left_to_the_commit(chooser):
     path, _ = one.walk(tree, finite)
     rows = np.stack([finite[0] if row in path else NAN for row in range(tree.rows)])
     assert one.walk(tree, rows)[0] == path  # what is off the path has no say
+
+
+def test_logits_of_a_gpu_are_read_as_float32():
+    values = np.random.default_rng(0).normal(0, 2, (3, 7)).astype(np.float32)
+    for dtype in (mx.float32, mx.bfloat16):
+        logits = mx.array(values).astype(dtype)
+        found = host_rows(logits)
+        assert found.dtype == np.float32
+        assert np.array_equal(found, np.array(logits.astype(mx.float32)))
 
 
 @given(st.lists(st.lists(st.integers(0, 3000), max_size=400), max_size=6), st.data())
