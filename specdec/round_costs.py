@@ -3,9 +3,9 @@
     draft + verify(rows) + misses(rows) x time of a miss
 
 Draft is a median, in passes of one row: its cost hardly depends on the tree. Verify, commit
-included, is a curve over rows and context without the time in which reads were waited for. Experts
-that have to be read are a curve of their own, because how many a pass misses depends on what the
-slots hold by now, and what one costs on the disk and on how much of it hides behind computing.
+included, is a curve over rows and context. Experts that have to be read are a curve of their own,
+because how many a pass misses depends on what the slots hold by now; the time of a miss is what
+passes waited for reads, and what passes with more misses took longer beside that.
 """
 
 from collections import deque
@@ -39,11 +39,12 @@ class RoundCosts:
         rows = nodes + 1
         self.verify = CostCurve([1 + PER_ROW * i for i in range(rows)], PASS_NOISE, compiled_each)
         needed = [union(experts, top_k, i + 1) for i in range(rows)]
-        self.misses = CostCurve([one / needed[0] for one in needed], MISS_NOISE)
+        self._misses = CostCurve([one / needed[0] for one in needed], MISS_NOISE)
         self._drafted = False
         self._drafts = deque([DRAFT, DRAFT], maxlen=DRAFTS)
         self._catching_up: deque[float] = deque(maxlen=DRAFTS)
-        self._plain: list[float] = []  # rounds of plain decoding that were not learned from yet
+        # Rounds of plain decoding that were not learned from yet: seconds, misses.
+        self._plain: list[tuple[float, int]] = []
         self._missed = self._stalled = 0.0
 
     @property
@@ -63,14 +64,14 @@ class RoundCosts:
         took = max(seconds.verify + seconds.commit - done.stall, 0.0)
         if done.misses or self._missed:
             # One more than there were: costs are relative, and a warm cache misses nothing.
-            self.misses.add(rows, 0, done.misses + 1)
+            self._misses.add(rows, 0, done.misses + 1)
             self._missed = FORGET * self._missed + done.misses
             self._stalled = FORGET * self._stalled + done.stall
         unit = self._unit(done.context)
         if done.budget == 1:
             if done.told and unit:
                 self._catching_up.append(drafting / done.told / unit)
-            self._plain.append(took)
+            self._plain.append((took, done.misses))
             if len(self._plain) == PLAIN_BATCH or self.plain_rounds < PLAIN_BATCH:
                 self._flush(done.context)
             return
@@ -78,7 +79,7 @@ class RoundCosts:
             self._drafts.append(max(drafting / unit - self._telling(done.told), 0.0))
         self._drafted = True
         self._flush(done.context)
-        self.verify.add(rows, done.context, took)
+        self.verify.add(rows, done.context, took, done.misses)
 
     def draft(self, context: int, told: int = 0) -> float:
         """Proposing a block and building its tree, once `told` tokens have been caught up with."""
@@ -86,17 +87,23 @@ class RoundCosts:
 
     def plain(self, context: int) -> float:
         """A round of plain decoding."""
-        seconds = self.verify.one_row(context)
-        if self.misses.known:
-            seconds += self._reading * max(self.misses.one_row(0) - 1, 0.0)
-        return seconds
+        if not self._misses.known:
+            return self.verify.one_row(context)
+        misses = max(self._misses.one_row(0) - 1, 0.0)
+        return self.verify.one_row(context, misses) + self._reading * misses
 
     def passes(self, context: int, optimism: float = 0.0) -> np.ndarray:
         """Verify passes of 1, 2, ... rows, reads and commit included [rows]."""
-        seconds = self.verify.costs(context, optimism)
-        if self.misses.known:
-            seconds = seconds + self._reading * np.maximum(self.misses.costs(0, optimism) - 1, 0.0)
-        return seconds
+        if not self._misses.known:
+            return self.verify.costs(context, optimism=optimism)
+        misses = self.misses()
+        return self.verify.costs(context, misses, optimism) + self._reading * misses
+
+    def misses(self) -> np.ndarray:
+        """Experts that passes of 1, 2, ... rows are expected to ask for and not find [rows]."""
+        if not self._misses.known:
+            return np.zeros(self.verify.rows)
+        return np.maximum(self._misses.costs(0) - 1, 0.0)
 
     def _telling(self, told: int) -> float:
         """What telling the draft of more tokens than a round brings takes, in the same unit."""
@@ -116,5 +123,5 @@ class RoundCosts:
     def _flush(self, context: int) -> None:
         """Learn from the plain rounds since the last time."""
         if self._plain:
-            self.verify.add(1, context, median_low(self._plain))
+            self.verify.add(1, context, *median_low(self._plain))
             self._plain.clear()

@@ -194,7 +194,7 @@ def test_what_was_learned_stays_with_the_engine(targets, truths):
     seen = auto.costs.plain_rounds
     assert seen > 0
     assert auto.costs.passes(40)[0] > 0
-    assert auto.costs.misses.known  # the slots hold three experts: it streams
+    assert auto.costs.misses()[0] > 3  # the slots hold three experts: it streams
     auto.begin()
     assert auto.costs.plain_rounds == seen
 

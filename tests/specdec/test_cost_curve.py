@@ -85,6 +85,22 @@ def test_context_costs_are_learned_and_foretold():
         assert one.one_row(context) == pytest.approx(one.costs(context)[0])
 
 
+def test_the_time_of_a_miss_is_learned():
+    """Passes of one row count that miss more take longer: 0.01 a miss, beside rows and context."""
+    rng = np.random.default_rng(7)
+    one = curve()
+    for at in range(400):
+        rows = 1 if at < 3 else int(rng.choice([1, 3, 5]))
+        misses = int(rng.integers(0, 40 * rows))
+        true = 1 + 0.1 * (rows - 1) + 0.01 * misses
+        one.add(rows, 0, true * np.exp(0.03 * rng.normal()), misses)
+    for misses in (0, 30, 150):
+        expected = [1 + 0.1 * rows + 0.01 * misses for rows in (0, 2, 4)]
+        found = one.costs(0, np.full(17, misses))[[0, 2, 4]]
+        np.testing.assert_allclose(found, expected, rtol=0.1)
+        assert one.one_row(0, misses) == pytest.approx(found[0])
+
+
 def test_a_slow_pass_counts_for_little():
     rng = np.random.default_rng(6)
     one = taught(lambda rows: 1 + 0.3 * (rows - 1), 300, rng)
