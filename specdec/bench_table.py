@@ -90,15 +90,18 @@ def _slower(done: Sweep) -> list[str]:
     for group in done.grid.groups:
         if group.kind != done.grid.classes[-1]:
             continue
-        budgets = [
-            str(budget)
-            for budget in done.grid.budgets
-            if budget != 1 and (done.aggregate(group, budget).speedup or 1) < 1
-        ]
-        if budgets:
-            name = done.grid.name(None, group.temperature, group.context)
-            where = f" ({name})" if name else ""
-            lines.append(f"SLOWER than plain decoding at budget {', '.join(budgets)}{where}")
+        told: dict[str, list[str]] = {}
+        for budget in done.grid.budgets:
+            one = done.aggregate(group, budget)
+            if budget == 1 or one.speedup is None or one.speedup >= 1:
+                continue
+            even = one.speedup_high is not None and one.speedup_high >= 1
+            words = "no faster than" if even else "SLOWER than"
+            told.setdefault(words, []).append(str(budget))
+        name = done.grid.name(None, group.temperature, group.context)
+        where = f" ({name})" if name else ""
+        for words, budgets in told.items():
+            lines.append(f"{words} plain decoding at budget {', '.join(budgets)}{where}")
     return ["\n".join(lines)] if lines else []
 
 

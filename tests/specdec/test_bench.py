@@ -121,6 +121,26 @@ def test_a_speed_up_has_its_interval():
     assert re.search(r"^4 +\d+\.\d +2\.40 +2\.00-3\.00 ", report(done), re.MULTILINE)
 
 
+@pytest.mark.parametrize(
+    ("rounds", "words"),
+    [
+        ((31, 32, 33, 34, 35, 36), "SLOWER than plain decoding at budget 4"),
+        ((29, 32, 33, 34, 35, 36), "no faster than plain decoding at budget 4"),
+        ((10, 11, 12, 13, 14, 40), None),
+    ],
+)
+def test_slower_is_said_where_it_is_known(rounds, words):
+    """Where the interval holds 1, it is not."""
+    prompts = tuple(Prompt(str(n), "python", "p") for n in range(6))
+
+    def generate(cell):
+        count = 30 if cell.budget == 1 else rounds[int(cell.prompt.id)]
+        return result(accepted=[0] * count, nodes=2, tokens=tuple(range(31)))
+
+    text = report(bench.sweep(generate, Grid(prompts, (1, 4), 1), lambda *_: None))
+    assert re.findall("^.* than plain decoding.*$", text, re.MULTILINE) == [words] * bool(words)
+
+
 def test_a_table_is_named_by_what_there_is_more_than_one_of():
     def names(**axes):
         return re.findall(r"^(.*) \(\d prompts", report(sweep_by_hand(TWO, **axes)), re.MULTILINE)
