@@ -100,9 +100,10 @@ class Auto:
         if not drafted:
             self._even.plain(drafting / plain)
             return
-        total = drafting + seconds.verify + seconds.commit
-        total = min(total, HICCUP * self._seconds)
-        self._even.drafted(total / plain, self._expected, len(done.tokens))
+        took = min(drafting + seconds.verify + seconds.commit, HICCUP * self._seconds)
+        # Half as it came and half as it was expected, both: see break_even.py.
+        cost, tokens = (took + self._seconds) / 2, (len(done.tokens) + self._expected) / 2
+        self._even.drafted(cost / plain, tokens)
 
     def _explain(self, risk: float) -> str:
         """Why not to draft now; risk: what a draft may lose, in plain rounds."""

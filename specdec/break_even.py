@@ -1,10 +1,10 @@
 """BreakEven: whether drafting pays at all, and when to try it again.
 
 Costs and tokens of the drafted rounds are weighed against plain decoding, the latest rounds most.
-Half of the tokens counted are those that came, half those that were expected: single rounds vary
-too much to go by what came alone, and a draft that is too sure of itself to go by the rest. While
-drafting does not pay, plain decoding goes on and drafting is tried again after 8, 16, 32, ...
-rounds, 64 at most.
+Whoever tells of them counts both half as they came and half as they were expected: single rounds,
+and on a busy machine their times, vary too much to go by what came alone, and a draft that is too
+sure of itself, or a cost that is not known yet, to go by the rest. While drafting does not pay,
+plain decoding goes on and drafting is tried again after 8, 16, 32, ... rounds, 64 at most.
 
 The guarantee: what drafted rounds took beyond plain decoding of the same tokens, catching up
 included, is added up. No round drafts that would bring it above `CREDIT` plain rounds + `SHARE` of
@@ -78,13 +78,12 @@ class BreakEven:
         allowed = self._credit + SHARE * self._spent
         return self._loss + risk <= allowed or risk <= SHARE * self._since
 
-    def drafted(self, cost: float, expected: float, tokens: int) -> None:
-        """A drafted round took `cost` plain rounds; expected and emitted tokens."""
-        counted = (expected + tokens) / 2
+    def drafted(self, cost: float, tokens: float) -> None:
+        """A drafted round took `cost` plain rounds and brought so many tokens."""
         self._rounds = FORGET * self._rounds + 1
-        self._tokens = FORGET * self._tokens + counted
+        self._tokens = FORGET * self._tokens + tokens
         self._cost = FORGET * self._cost + cost
-        self._session_tokens = SESSION * self._session_tokens + counted
+        self._session_tokens = SESSION * self._session_tokens + tokens
         self._session_cost = SESSION * self._session_cost + cost
         self._since = 0
         self._loss += cost - tokens

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from specdec.break_even import CREDIT, FIRST_WAIT, LAST_WAIT, SHARE, BreakEven
 
 outcomes = st.lists(
-    st.tuples(st.floats(1.0, 12.0), st.floats(1.0, 8.0), st.integers(1, 8)),
+    st.tuples(st.floats(1.0, 12.0), st.floats(1.0, 8.0)),
     min_size=1,
     max_size=200,
 )
@@ -16,15 +16,15 @@ outcomes = st.lists(
 
 @given(outcomes=outcomes, risk=st.floats(0.0, 12.0), texts=st.integers(1, 5))
 def test_nothing_that_happens_loses_more_than_is_given(outcomes, risk, texts):
-    """Costs, expectations and tokens of any kind, in any order: no try is begun that the account
+    """Costs and tokens of any kind, in any order: no try is begun that the account
     does not pay for, so it ends at most one round below."""
     even, dearest = BreakEven(), 0.0
     spent = lost = 0.0
     for _ in range(texts):
         even.begin()
-        for cost, expected, tokens in outcomes:
+        for cost, tokens in outcomes:
             if even.pays(risk):
-                even.drafted(cost, expected, tokens)
+                even.drafted(cost, tokens)
                 spent, lost = spent + cost, lost + cost - tokens
                 dearest = max(dearest, cost - tokens)
             else:
@@ -40,7 +40,7 @@ def tries(even, rounds, cost, tokens):
     for at in range(rounds):
         if even.pays(0.5):
             found.append(at)
-            even.drafted(cost, tokens, tokens)
+            even.drafted(cost, tokens)
         else:
             even.plain()
     return found
@@ -92,7 +92,7 @@ def test_a_dear_try_is_saved_up_for():
     for at in range(3000):
         if even.pays(20.0):
             drafted.append(at)
-            even.drafted(21.0, 1.0, 1)
+            even.drafted(21.0, 1)
         else:
             even.plain()
     assert drafted[0] > 500
@@ -102,7 +102,7 @@ def test_a_dear_try_is_saved_up_for():
 def test_the_account_tells_costs_and_tokens_of_a_round():
     even = BreakEven()
     for _ in range(100):
-        even.drafted(3.0, 2.0, 2)
+        even.drafted(3.0, 2.0)
     assert round(even.round_cost, 3) == 3.0
     assert round(even.round_tokens, 3) == 2.0
     assert round(even.loss, 3) == 100.0
