@@ -61,8 +61,8 @@ class Watch:
         self._tokenizer, self._rounds = tokenizer, 0
         self._shows_trees = options["show_tree"] == "rounds"
         coloured = options["show_tree"] is not None
-        self._text_color = coloured and _colors(sys.stdout, options["color"])
-        self._tree_color = coloured and _colors(sys.stderr, options["color"])
+        self._text_color = coloured and colors(sys.stdout, options["color"])
+        self._tree_color = coloured and colors(sys.stderr, options["color"])
         self._open = False  # whether a line of text stands unfinished on the terminal
         if coloured and (self._text_color or self._shows_trees):
             console.say(self._legend())
@@ -110,7 +110,7 @@ def _styled(text: str, role: str) -> str:
     return click.style(text, fg=COLORS[role])
 
 
-def _colors(stream: TextIO, wanted: str) -> bool:
+def colors(stream: TextIO, wanted: str) -> bool:
     """Whether `stream` gets colours. NO_COLOR: see no-color.org."""
     if wanted != "auto":
         return wanted == "always"

@@ -1,5 +1,6 @@
 """`specdec generate --show-tree`: colours on a terminal, trees of rounds, the text untouched."""
 
+import io
 import json
 import os
 import pty
@@ -11,6 +12,7 @@ import tty
 import pytest
 
 from specdec.commands.console import emit
+from specdec.commands.watch import colors
 from specdec.demo_pair import TARGET
 from specdec.tokenizer import Tokenizer
 from tests.commands import PROMPT, run
@@ -76,11 +78,39 @@ def test_a_terminal_shows_where_each_token_came_from(demo):
 
 
 def test_no_color_is_honoured(demo):
-    for environment in ({"NO_COLOR": "1"}, {"TERM": "dumb"}):
-        stdout, _ = on_terminal(*DEMO, "--show-tree", **environment)
-        assert stdout.decode() == demo[2]["text"]
-    assert GREEN in on_terminal(*DEMO, "--show-tree", "--color", "always", NO_COLOR="1")[0]
-    assert b"\x1b" not in on_terminal(*DEMO, "--show-tree", "--color", "never")[0]
+    stdout, _ = on_terminal(*DEMO, "--show-tree", NO_COLOR="1")
+    assert stdout.decode() == demo[2]["text"]
+
+
+class Stream(io.StringIO):
+    """A stream that is a terminal or not."""
+
+    def __init__(self, terminal):
+        super().__init__()
+        self.terminal = terminal
+
+    def isatty(self):
+        return self.terminal
+
+
+@pytest.mark.parametrize(
+    ("wanted", "terminal", "environment", "expected"),
+    [
+        ("auto", True, {}, True),
+        ("auto", True, {"NO_COLOR": ""}, True),  # empty is unset: no-color.org
+        ("auto", True, {"NO_COLOR": "0"}, False),
+        ("auto", True, {"TERM": "dumb"}, False),
+        ("auto", False, {}, False),
+        ("always", False, {"NO_COLOR": "1", "TERM": "dumb"}, True),
+        ("never", True, {}, False),
+    ],
+)
+def test_who_gets_colors(monkeypatch, wanted, terminal, environment, expected):
+    for name in ("NO_COLOR", "TERM"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert colors(Stream(terminal), wanted) is expected
 
 
 def test_trees_and_text_on_one_terminal_do_not_run_into_each_other(demo):
