@@ -15,9 +15,10 @@ from typing import Protocol
 
 import numpy as np
 
+from specdec.instant import Instant
 from specdec.ratio import ratio
 from specdec.routing_log import PROMPT, RoutingLog
-from specdec.simulation import Instant, Setting, groups
+from specdec.simulation import Replayed, Setting, groups
 from specdec.target.admission import Admission
 from specdec.target.guesses import Guesses
 from specdec.target.policy import make_policy
@@ -28,31 +29,22 @@ from specdec.trace import Trace
 PREDICTORS = ("off", "previous", "draft", "layer")
 
 
-@dataclass(frozen=True)
-class Foreseen:
-    """A predictor over a whole log.
+@dataclass(frozen=True, kw_only=True)
+class Foreseen(Replayed):
+    """A predictor over a whole log; what was read ahead counts as a hit.
 
-    hits, misses: of unpinned layers, what was read ahead counting as there. guesses: experts of
-    unpinned layers that it named for trees, right: those that were asked for. begun: guesses that
-    were read ahead; in_time: asked for while there; wasted: evicted unasked. bytes_read: in all.
+    guesses: experts of unpinned layers that it named for trees, right: those of them that were
+    asked for, of `asked`. begun: guesses that were read ahead; in_time: asked for while there;
+    wasted: evicted unasked.
     """
 
     predictor: str
-    setting: Setting
-    hits: int
-    misses: int
     guesses: int
     right: int
     asked: int
     begun: int
     in_time: int
     wasted: int
-    bytes_read: int
-    tokens: int
-
-    @property
-    def hit_rate(self) -> float | None:
-        return ratio(self.hits, self.hits + self.misses)
 
     @property
     def precision(self) -> float | None:
@@ -71,10 +63,6 @@ class Foreseen:
     @property
     def waste(self) -> float | None:
         return ratio(self.wasted, self.begun)
-
-    @property
-    def bytes_per_token(self) -> float | None:
-        return ratio(self.bytes_read, self.tokens)
 
 
 class Predictor(Protocol):
@@ -190,7 +178,11 @@ class _Replay:
         tables = {id(one.table): one.table for one in self.admissions.values()}.values()
         wasted = sum(sum(table.unused.values()) for table in tables)
         return Foreseen(
-            self.name, self.setting, wasted=wasted, tokens=self.trace.tokens, **self.counts
+            predictor=self.name,
+            setting=self.setting,
+            wasted=wasted,
+            tokens=self.trace.tokens,
+            **self.counts,
         )
 
     def _pass(self, rows: np.ndarray, committed: np.ndarray) -> None:

@@ -12,8 +12,9 @@ import numpy as np
 
 from specdec import replay
 from specdec.errors import PlanError
+from specdec.instant import Instant
 from specdec.ratio import ratio
-from specdec.target.admission import Admission, Load
+from specdec.target.admission import Admission
 from specdec.target.pins import pinned_layers, share_slots
 from specdec.target.policy import make_policy
 from specdec.target.quotas import protected_layers, quotas, union
@@ -33,24 +34,31 @@ class Setting:
     rows: int = 1
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """What a setting gives over a whole log, as specdec.metrics defines it.
-
-    optimal: hits that evicting with knowledge of the future would have had; a bound.
-    """
+@dataclass(frozen=True, kw_only=True)
+class Replayed:
+    """What a setting gives over a whole log, as specdec.metrics defines it."""
 
     setting: Setting
     hits: int
     misses: int
-    pinned_requests: int
-    optimal: int
     bytes_read: int
     tokens: int
 
     @property
     def hit_rate(self) -> float | None:
         return ratio(self.hits, self.hits + self.misses)
+
+    @property
+    def bytes_per_token(self) -> float | None:
+        return ratio(self.bytes_read, self.tokens)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome(Replayed):
+    """optimal: hits that evicting with knowledge of the future would have had; a bound."""
+
+    pinned_requests: int
+    optimal: int
 
     @property
     def effective_hit_rate(self) -> float | None:
@@ -60,10 +68,6 @@ class Outcome:
     @property
     def optimal_hit_rate(self) -> float | None:
         return ratio(self.optimal, self.hits + self.misses)
-
-    @property
-    def bytes_per_token(self) -> float | None:
-        return ratio(self.bytes_read, self.tokens)
 
 
 @dataclass(frozen=True)
@@ -90,9 +94,16 @@ def simulate(trace: Trace, setting: Setting, bound: bool = True) -> Outcome:
             layers = len(group.layers)
             found, _ = replay.optimal(asks, ask_starts(asks), header.experts, group.slots, layers)
             best += int(found.sum())
-    pinned = len(trace.asks) - hits - misses
     slots = min(setting.slots, len(unpinned) * header.experts)
-    return Outcome(replace(setting, slots=slots), hits, misses, pinned, best, nbytes, trace.tokens)
+    return Outcome(
+        setting=replace(setting, slots=slots),
+        hits=hits,
+        misses=misses,
+        bytes_read=nbytes,
+        tokens=trace.tokens,
+        pinned_requests=len(trace.asks) - hits - misses,
+        optimal=best,
+    )
 
 
 def resident_bytes(trace: Trace, pins: int, slots: int) -> int:
@@ -223,31 +234,6 @@ def replay_table(
         for _ in admission.waves(asked):
             pass
     return hits, misses
-
-
-class Instant:
-    """A Loader whose disk takes no time."""
-
-    def __init__(self, table: SlotTable) -> None:
-        self.table = table
-
-    def begin(self, layer: int, experts: np.ndarray, live: np.ndarray) -> Load:
-        return Load(layer, experts, slots=self.table.reserve(layer, experts, live))
-
-    def finish(self, load: Load) -> None:
-        self.table.fill(load.slots)
-
-    def ahead(self, layer: int, experts: np.ndarray, live: np.ndarray, chance: float) -> None:
-        self.table.fill(self.table.reserve(layer, experts, live, chance), early=True)
-
-    def early(self) -> list[Load]:
-        return []
-
-    def hurry(self, load: Load) -> None:
-        raise AssertionError("nothing is ever under way")
-
-    def drop(self, load: Load, begun: bool = True) -> None:
-        raise AssertionError("nothing is ever under way")
 
 
 def _tell(table: SlotTable, used: np.ndarray) -> None:
