@@ -44,6 +44,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--layers", type=int, help="of the checkpoint; 8, or 4 if tiny")
     parser.add_argument("--tiny", action="store_true", help="a tiny geometry, which says nothing")
     parser.add_argument("--tokens", type=int, default=32, help="of each run")
+    parser.add_argument("--speculation-tokens", type=int, default=48, help="of part speculation")
     parser.add_argument("--peer-tokens", type=int, default=8, help="of each run of part peer")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--shares", type=_list(float), default=[1, 0.5, 0.25, 0.125])
@@ -93,7 +94,8 @@ def main() -> None:
     about = checkpoint.geometry(layers, args.tiny)
     shape = Shape(layers, about.num_experts, about.num_experts_per_tok, about.vocab_size)
     # a round may commit a whole block, and auto learns for some rounds before it is measured
-    stretch = PROMPT + args.tokens + (speculation.LEARNING + 2) * checkpoint.BLOCK
+    most = max(args.tokens, args.peer_tokens, args.speculation_tokens * speculation.LONGER)
+    stretch = PROMPT + most + (speculation.LEARNING + 2) * checkpoint.BLOCK
     starts = [BEFORE + repeat * stretch for repeat in range(args.repeats)]
     length = BEFORE + args.repeats * stretch + 1
     local = local_trace(shape, length)
@@ -129,7 +131,7 @@ def main() -> None:
                 args.shares,
                 args.budgets,
                 args.speculation_prefetch,
-                args.tokens,
+                args.speculation_tokens,
                 args.depth,
             )
         else:

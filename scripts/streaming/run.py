@@ -34,10 +34,10 @@ class Run:
 
 @dataclass(frozen=True)
 class Summary:
-    """Medians over runs of one setting; per committed token unless said otherwise.
+    """Runs of one setting together; per committed token unless said otherwise.
 
     bandwidth: bytes per second while a read is under way, 0 where nothing is read.
-    rate_share: rate by that of the setting it is compared to, the median of each repeat's own.
+    rate_share: rate by that of the setting it is compared to.
     """
 
     rate: float
@@ -87,20 +87,30 @@ def measure(
 
 
 def summary(runs: Sequence[Run], against: Sequence[Run]) -> Summary:
-    """Medians of the repeats, and of their ratios to another setting's."""
+    """Of the repeats, and of their ratios to another setting's. Seconds of a round are medians;
+    what does not depend on the machine (tokens a round, bytes, hits) is taken over all repeats
+    together, or a few lucky rounds would decide."""
 
-    def median(values: Sequence[float]) -> float:
-        return statistics.median(values)
+    def total(name: str) -> float:
+        return sum(getattr(one, name) for one in runs)
 
+    def a_round(one: Run) -> float:
+        return one.seconds / one.rounds
+
+    tokens = total("tokens")
+    acceptance = tokens / total("rounds")
+    seconds = statistics.median(map(a_round, runs)) / acceptance
+    shares = [a_round(b) / a_round(a) for a, b in zip(runs, against, strict=True)]
+    base = sum(one.tokens for one in against) / sum(one.rounds for one in against)
     return Summary(
-        rate=median([one.rate for one in runs]),
-        seconds=median([one.seconds / one.tokens for one in runs]),
-        bytes=median([one.bytes_read / one.tokens for one in runs]),
-        stall_seconds=median([one.stall_seconds / one.tokens for one in runs]),
-        bandwidth=median(
-            [one.bytes_read / one.read_seconds if one.bytes_read else 0.0 for one in runs]
+        rate=1 / seconds,
+        seconds=seconds,
+        bytes=total("bytes_read") / tokens,
+        stall_seconds=statistics.median(one.stall_seconds / one.tokens for one in runs),
+        bandwidth=statistics.median(
+            one.bytes_read / one.read_seconds if one.bytes_read else 0.0 for one in runs
         ),
-        hit_rate=median([one.hits / max(1, one.hits + one.misses) for one in runs]),
-        acceptance=median([one.tokens / one.rounds for one in runs]),
-        rate_share=median([a.rate / b.rate for a, b in zip(runs, against, strict=True)]),
+        hit_rate=total("hits") / max(1, total("hits") + total("misses")),
+        acceptance=acceptance,
+        rate_share=statistics.median(shares) * acceptance / base,
     )

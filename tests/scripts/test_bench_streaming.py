@@ -118,7 +118,18 @@ def test_a_checkpoint_is_written_once(tmp_path):
 def test_every_part_runs(tmp_path):
     pytest.importorskip("mlx_lm")
     out = tmp_path / "figures.json"
-    small = ["--tokens", "6", "--peer-tokens", "2", "--repeats", "1", "--budgets", "2,4"]
+    small = [
+        "--tokens",
+        "6",
+        "--speculation-tokens",
+        "6",
+        "--peer-tokens",
+        "2",
+        "--repeats",
+        "1",
+        "--budgets",
+        "2,4",
+    ]
     small += ["--depths", "1,4", "--experts", "16", "--shares", "1,0.5,0.125", "--peer-gb", "1"]
     small += ["--prefetch", "off,layer", "--folder", str(tmp_path / "model"), "--json", str(out)]
     done = bench(*small)
