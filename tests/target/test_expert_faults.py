@@ -162,13 +162,19 @@ def test_an_interrupt_at_any_line_leaves_the_cache_right(opened: Opened, policy:
 # --- prefetch
 
 
+def settle(cache: ExpertCache) -> None:
+    """Wait until nothing is being read any more."""
+    for load in cache._loads._running:
+        assert load.request._over.wait(20)
+
+
 def test_what_was_prefetched_is_a_hit(opened: Opened) -> None:
     cache = ExpertCache(opened.store, (), 12, mx.float32)
     each = opened.store.geometry(0).bytes_on_disk
     list(cache.waves(0, np.array([0, 1])))
     assert cache.prefetch(1, np.array([6, 2, 6, 4]), most=2).tolist() == [6, 2]
     assert cache.prefetch(1, np.array([2])).tolist() == []  # on its way already
-    time.sleep(0.1)
+    settle(cache)
     for wave in cache.waves(1, np.array([2, 3])):
         opened.check(1, wave, mx.float32)
     one = cache.counters()[1]
@@ -200,7 +206,7 @@ def test_wrong_guesses_not_begun_are_given_up_when_their_layer_asks(
         cache.prefetch(1, np.array([6, 5, 4, 2]))
         for wave in cache.waves(1, np.array([2, 3])):
             opened.check(1, wave, mx.float32)
-    time.sleep(0.1)
+    settle(cache)
     list(cache.waves(0, np.array([], np.int32)))
     found = set(cache.resident(1).tolist())
     assert {2, 3} <= found <= {2, 3, 6}  # one read was under way
@@ -212,7 +218,7 @@ def test_what_was_prefetched_and_left_unasked_is_waste(opened: Opened) -> None:
     cache = ExpertCache(opened.store, (), 4, mx.float32, Streaming(protect=(0, 0)))
     each = opened.store.geometry(1).bytes_on_disk
     cache.prefetch(1, np.array([2, 6]))
-    time.sleep(0.1)
+    settle(cache)
     list(cache.waves(1, np.array([2])))
     for layer in (0, 2):  # both must go for these
         list(cache.waves(layer, np.arange(4)))
@@ -241,7 +247,7 @@ def test_prefetch_takes_the_slots_of_what_was_used_longest_ago(opened: Opened) -
         cache.touch(layer, np.array([0, 1]))
     cache.touch(0, np.array([0]))
     cache.prefetch(2, np.arange(2, EXPERTS), chance=1.0)  # never those of the request before
-    time.sleep(0.05)
+    settle(cache)
     list(cache.waves(3, np.array([], np.int32)))
     held = [cache.resident(layer).tolist() for layer in range(3)]
     assert held[2][:2] == [0, 1]
@@ -266,7 +272,7 @@ def test_a_failed_prefetch_ends_nothing(
         patch.setattr(checkpoint_module, "read_at", read)
         cache.prefetch(1, np.array([2]))
         if not asked:
-            time.sleep(0.1)
+            settle(cache)
             list(cache.waves(0, np.array([], np.int32)))
             assert cache.resident(1).tolist() == []
         for wave in cache.waves(1, np.array([2])):
