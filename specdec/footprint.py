@@ -22,6 +22,7 @@ from specdec.target.state import KV_STEP
 
 FLOAT = 4  # logits, scores, recurrent states and their inputs are always float32
 QUERIES = 8  # heads and rows whose scores kernels/cpu computes together, where heads are fewer
+SAMPLED = 52  # bytes per token of the vocabulary, from one row's logits to a drawn token
 # MLX dispatches a layer's operations ahead of their execution: some of the next are alive too.
 AHEAD = 1.25
 
@@ -172,6 +173,7 @@ def verify_scratch(config: TargetConfig, draft: DraftConfig | None, sizes: Sizes
     will need of every layer; logits [rows, vocab] twice. In MLX also the last keys and values of
     each row's own path, a partial sum per block, and four copies of a recurrent state per row; row
     by row, one head's states of all rows, and one layer's state twice.
+    Choosing: the logits, and what a sampler makes of one row of them.
     Commit: three generations of all states, and one layer's keys and values while they grow.
     The draft's pass: a block's activations, scores and logits, thrice.
     """
@@ -195,13 +197,14 @@ def verify_scratch(config: TargetConfig, draft: DraftConfig | None, sizes: Sizes
     tape *= rows * FLOAT
     grown = kv_bytes(config, sizes.context, dtype) // max(1, len(config.full_layers))
     commit = 3 * state_bytes(config, dtype) + grown
+    choosing = (2 * rows * FLOAT + SAMPLED) * config.vocab_size
     drafting = 0
     if draft is not None:
         block = draft.block_size
         widths = 3 * draft.intermediate_size + 8 * draft.hidden_size + config.vocab_size
         scores = draft.num_heads * (sizes.context + block)
         drafting = 3 * block * (widths + scores) * FLOAT
-    return max(tape + max(tree, commit), drafting)
+    return max(tape + max(tree, commit, choosing), drafting)
 
 
 def _layer_bytes(config: TargetConfig, rows: int, sizes: Sizes) -> int:

@@ -48,8 +48,9 @@ def sampling_options(
                 default=ACCEPTS[0],
                 show_default=True,
                 help="match: the target draws, drafted tokens count where they match; the tokens "
-                "are those of --budget 1. swor: candidates are drawn without replacement and "
-                "accepted by the residual rule; as likely, NOT the tokens of --budget 1.",
+                "are those of --budget 1. swor: drafted tokens are drawn too, without "
+                "replacement, and accepted by the residual rule: more of them, from the same "
+                "distribution, but NOT the tokens of --budget 1.",
             ),
             click.option(
                 "--seed",

@@ -1,6 +1,7 @@
 """From logits to a distribution: against mlx-lm, transformers, and the definitions written out."""
 
 import math
+import tracemalloc
 from dataclasses import replace
 
 import mlx.core as mx
@@ -9,6 +10,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from specdec.footprint import SAMPLED
 from specdec.processors import distribution, kept, nucleus, penalized, top
 from specdec.sampling import Sampling
 
@@ -148,6 +150,8 @@ def test_filters_at_temperature_1_are_transformers(logits, sampling):
         ("top_k", process.TopKLogitsWarper(sampling.top_k or vocab)),
     ):
         one = replace(plain, **{name: getattr(sampling, name)})
+        if one == plain:
+            continue  # it makes no warper then
         clear(logits, one)
         scores = warper(None, torch.tensor(logits)[None])
         ids = kept(logits, one)
@@ -214,6 +218,25 @@ def test_bits_do_not_depend_on_where_the_row_lies(logits, sampling):
     alone, there = (distribution(x, sampling, NONE) for x in (logits.copy(), batch[1, 1:]))
     assert alone.weights.tobytes() == there.weights.tobytes()
     assert (alone.ids is None) == (there.ids is None)
+
+
+@pytest.mark.parametrize("spread", [0.0, 0.3, 3.0])
+def test_a_rows_memory_is_what_the_plan_counts(spread):
+    vocab = 100_000
+    logits = (np.random.default_rng(0).normal(0, 1, vocab) * spread).astype(np.float32)
+    for sampling in (
+        Sampling(temperature=1.0),
+        Sampling(temperature=1.0, top_p=0.9, repetition_penalty=1.1),
+        Sampling(temperature=1.0, top_p=0.9999, min_p=1e-9),
+        Sampling(temperature=1.0, top_p=0.99, top_k=vocab - 1),
+    ):
+        tracemalloc.start()
+        found = distribution(logits, sampling, np.arange(10))
+        found.draw(0.5)
+        found.without(np.arange(5))
+        _, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        assert peak <= SAMPLED * vocab
 
 
 def test_extremes_stay_finite():
