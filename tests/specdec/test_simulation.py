@@ -16,22 +16,34 @@ from specdec import replay
 from specdec.checkpoint import Checkpoint
 from specdec.errors import PlanError
 from specdec.generation import Request, generate
+from specdec.instant import Instant
 from specdec.load import Settings, load
 from specdec.predictors import PREDICTORS, foresee
 from specdec.routing_log import RoutingLog
 from specdec.routing_writer import RoutingWriter
-from specdec.simulation import Setting, best, fitting, replay_table, resident_bytes, simulate
+from specdec.simulation import (
+    Setting,
+    best,
+    fitting,
+    groups,
+    replay_table,
+    resident_bytes,
+    simulate,
+)
+from specdec.target.admission import Admission
 from specdec.target.config import TargetConfig
 from specdec.target.expert_cache import ExpertCache
 from specdec.target.expert_store import ExpertStore
 from specdec.target.pins import pinned_layers
-from specdec.target.policy import POLICIES
+from specdec.target.policy import POLICIES, make_policy
+from specdec.target.slots import SlotTable
 from specdec.target.streaming import Streaming
 from specdec.trace import Trace, ask_starts, pass_starts
 from tests.checkpoints import write_checkpoint
 from tests.commands import PROMPT, fails, recorded, run
 from tests.logs import header, log_of, write_log
 from tests.pairs import write_pair
+from tests.target.test_expert_faults import settle
 
 MIXED = {"layers.1.mlp.switch_mlp.down_proj": (8, 32)}
 
@@ -229,6 +241,56 @@ def test_the_json_has_what_is_printed_and_is_documented(tmp_path):
     documented = (Path(__file__).parents[2] / "docs/json.md").read_text()
     fields = {*document, *document["log"], *document["outcomes"][0], *document["prefetch"][0]}
     assert {name for name in fields if f"`{name}`" not in documented} == set()
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    seed=st.integers(0, 10**6),
+    slots=st.integers(2, 32),
+    policy=st.sampled_from(POLICIES),
+    chance=st.sampled_from([0.2, 0.5, 0.9]),
+)
+def test_reads_ahead_are_those_of_the_cache(store, seed, slots, policy, chance):
+    """The same guesses, asked of the cache and of what replays logs: the same experts begun, the
+    same hits, the same in memory after every step, and the same left unused."""
+    random, protect = np.random.default_rng(seed), (0, 0)
+    cache = ExpertCache(store, (), slots, mx.float32, Streaming(policy=policy, protect=protect))
+    head = header(4, 8, 2, kinds=(0, 1, 0, 0))
+    log = log_of(head, random, passes=1, rows=1)
+    admissions = {}
+    for group in groups(Trace.of(log), Setting(0, slots, policy, protect)):
+        table = SlotTable(group.slots, 8, group.quotas, make_policy(policy, group.slots))
+        admissions |= dict.fromkeys(group.layers, Admission(table, Instant(table)))
+    hits = misses = early = 0
+    for _ in range(30):
+        layer, ids = int(random.integers(0, 4)), random.permutation(8)[: random.integers(1, 5)]
+        guess = random.permutation(8)[: random.integers(0, 4)]
+        after = (layer + 1) % 4
+        begun = cache.prefetch(after, guess, chance, 3)
+        settle(cache)
+        assert admissions[after].ahead(after, guess, chance, 3).tolist() == begun.tolist()
+        for _ in cache.waves(layer, ids):
+            pass
+        asked = admissions[layer].ask(layer, np.sort(ids).astype(np.int32))
+        for _ in admissions[layer].waves(asked):
+            pass
+        hits, misses = hits + len(asked.hits), misses + len(asked.missing)
+        early += asked.early
+        used = random.permutation(ids)[: random.integers(0, len(ids) + 1)]
+        cache.touch(layer, used)
+        admissions[layer].table.touch(layer, used)
+        for each in range(4):
+            held = admissions[each].table.resident(each)
+            assert held.tolist() == cache.resident(each).tolist()
+    found = cache.counters()
+    unused = {id(one.table): one.table.unused for one in admissions.values()}
+    each = [store.geometry(layer).bytes_on_disk for layer in range(4)]
+    assert sum(one.hits for one in found) == hits
+    assert sum(one.misses for one in found) == misses
+    assert sum(one.early_hits for one in found) == early
+    assert sum(one.wasted_bytes for one in found) == sum(
+        count * each[layer] for table in unused.values() for layer, count in table.items()
+    )
 
 
 # --- predictors
