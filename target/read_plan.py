@@ -9,6 +9,7 @@ change their dtype.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import NamedTuple
 
 import numpy as np
@@ -34,15 +35,12 @@ class Slice(NamedTuple):
 
 
 class _Part(NamedTuple):
-    """Bytes of a piece, from `start` on, that become `target` (flat)."""
+    """`nbytes` bytes from `at` in the file on, that become `target` (flat)."""
 
-    start: int
+    at: int
+    nbytes: int
     dtype: str
     target: np.ndarray
-
-    @property
-    def nbytes(self) -> int:
-        return len(self.target) * HOLDERS[self.dtype].itemsize
 
     @property
     def converts(self) -> bool:
@@ -56,13 +54,12 @@ class _Part(NamedTuple):
 
 @dataclass(frozen=True)
 class Piece:
-    """One read: `nbytes` bytes from `offset` of files[file]; `skip` of them lie before the first
-    wanted one. No more of the file than `needed` bytes has to be there."""
+    """One read: `nbytes` bytes from `offset` of files[file]. No more of the file than `needed`
+    bytes has to be there."""
 
     file: int
     offset: int
     nbytes: int
-    skip: int
     needed: int
     parts: tuple[_Part, ...]
     bounced: bool
@@ -78,7 +75,7 @@ class Piece:
         if not self.bounced:
             return
         for part in self.parts:
-            start = self.skip + part.start
+            start = part.at - self.offset
             raw = np.frombuffer(bounce[start : start + part.nbytes], np.uint8)
             if part.converts:
                 convert(raw.view(HOLDERS[part.dtype]), part.target)
@@ -87,36 +84,44 @@ class Piece:
 
 
 def pieces(slices: Sequence[Slice], alignment: int = 1) -> Iterator[Piece]:
-    """The reads that fill all slices, ascending by file and offset. Slices must not overlap."""
-    run: list[tuple[int, _Part]] = []  # offset in the file, and what becomes of the bytes there
-    file = end = -1
-    for span, dtype, target in sorted(slices, key=lambda one: one.span):
-        size = HOLDERS[dtype].itemsize
-        flat, step = target.reshape(-1), PIECE_BYTES // size
-        assert len(flat) * size == span.nbytes
-        for first in range(0, len(flat), step):
-            part = _Part(0, dtype, flat[first : first + step])
-            at = span.offset + first * size
-            start = run[0][0] if run else at
-            near = span.file == file and 0 <= at - end < alignment
-            if run and not (
-                near and at + part.nbytes - start <= PIECE_BYTES and len(run) < MAX_BUFFERS
-            ):
+    """The reads that fill all slices, ascending by file and offset. Slices must not overlap.
+
+    Made before every wait for experts: kept short of steps.
+    """
+    run: list[_Part] = []
+    file = start = end = -1
+    for one in sorted(slices, key=itemgetter(0)):
+        there = one.span.file
+        for part in _parts(*one):
+            after = part.at + part.nbytes
+            near = there == file and 0 <= part.at - end < alignment
+            if run and not (near and after - start <= PIECE_BYTES and len(run) < MAX_BUFFERS):
                 yield _piece(file, run, alignment)
                 run = []
-            run.append((at, part))
-            file, end = span.file, at + part.nbytes
+            if not run:
+                start = part.at
+            run.append(part)
+            file, end = there, after
     if run:
         yield _piece(file, run, alignment)
 
 
-def _piece(file: int, run: list[tuple[int, _Part]], alignment: int) -> Piece:
-    first, (last, part) = run[0][0], run[-1]
-    end = last + part.nbytes
+def _parts(span: Span, dtype: str, target: np.ndarray) -> list[_Part]:
+    """A slice, cut into what one read may bring."""
+    size, flat = HOLDERS[dtype].itemsize, target.reshape(-1)
+    assert flat.size * size == span.nbytes
+    if span.nbytes <= PIECE_BYTES:
+        return [_Part(span.offset, span.nbytes, dtype, flat)]
+    step = PIECE_BYTES // size
+    cut = [(first * size, flat[first : first + step]) for first in range(0, flat.size, step)]
+    return [_Part(span.offset + at, part.size * size, dtype, part) for at, part in cut]
+
+
+def _piece(file: int, run: list[_Part], alignment: int) -> Piece:
+    first, end = run[0].at, run[-1].at + run[-1].nbytes
     start = first // alignment * alignment
     stop = -(-end // alignment) * alignment
-    parts = tuple(_Part(at - first, part.dtype, part.target) for at, part in run)
-    bounced = any(part.converts for part in parts)
+    bounced = any(part.converts for part in run)
     if alignment > 1 and not bounced:
-        bounced = stop - start > end - first or not all(part.aligned(alignment) for part in parts)
-    return Piece(file, start, stop - start, first - start, end - start, parts, bounced)
+        bounced = stop - start > end - first or not all(part.aligned(alignment) for part in run)
+    return Piece(file, start, stop - start, end - start, tuple(run), bounced)
