@@ -49,7 +49,10 @@ class Script:
             reset_counters=lambda: None, counters=lambda: (), reads=lambda: None, streaming=None
         )
         config = SimpleNamespace(max_position=context, vocab_size=VOCABULARY)
-        self.target = SimpleNamespace(config=config, experts=experts, tolerance=None, clock=None)
+        prefetcher = SimpleNamespace(reset=lambda: None, use=lambda: None)
+        self.target = SimpleNamespace(
+            config=config, experts=experts, tolerance=None, clock=None, prefetcher=prefetcher
+        )
         self.context = self.max_budget = None
 
     def prefill(self, tokens, drafting, on_progress, sampling) -> Prefill:
