@@ -1,18 +1,19 @@
-// Dot products of OUTS rows of weights with up to ROWS rows of x, by one simdgroup. Each weight is
-// read and decoded once for all rows. After weights.h.
+// Dot products of OUTS rows of weights with up to ROWS rows of x, by one of SPLIT simdgroups, which
+// take the inputs in turns. Each weight is read and decoded once for all rows. After weights.h.
 //
 //   decltype(matrix) features[OUTS];         // rows of weights, each matrix.row(index)
 //   int inputs[ROWS];                        // which rows of x; from `count` on any that exist
 //   float sums[ROWS * OUTS];                 // set: lane's share for row r, feature o: [r * OUTS + o]
 //   float squares[ROWS];                     // set if NORM: lane's share of the sum of x^2
-//   dots<T, OUTS, ROWS, STEP, NORM>(features, x, inputs, count, norm, lane, sums, squares);
+//   dots<T, OUTS, ROWS, STEP, SPLIT, NORM>(features, x, inputs, count, norm, part, lane, sums, squares);
 //   simd_sums<ROWS * OUTS>(sums, lane);      // of simd_sums.h: the products, one in each lane
 //   simd_sums<ROWS>(squares, lane);          // and to the same lanes the squares of their rows
 //
 // x T [.., in]; norm T [in], multiplied to x if NORM, else anything. count: 1 .. ROWS, the same in
 // all lanes; rows are computed by STEP (a divisor of ROWS) until there are `count`, sums of the rest
 // are to be ignored. Where most calls have few rows STEP = 1 saves work, else 4 hides latency.
-// The bits of a sum depend on the row of x, that of the weights and the format alone.
+// The bits of a sum depend on the row of x, that of the weights, the format and SPLIT alone.
+// The loop is not unrolled: its instructions are fetched once, and fewer registers let more run.
 template <int OUTS, bool NORM, typename E, typename S, typename P>
 HELPER void add_eight(E eight, S scale, S w, P sums, P square) {
 #pragma unroll
@@ -29,8 +30,8 @@ HELPER void add_eight(E eight, S scale, S w, P sums, P square) {
   }
 }
 
-template <typename T, int OUTS, int ROWS, int STEP, bool NORM, typename W, typename X, typename I, typename N, typename P>
-HELPER void dots(W features, X x, I inputs, int count, N norm, uint lane, P sums, P squares) {
+template <typename T, int OUTS, int ROWS, int STEP, int SPLIT, bool NORM, typename W, typename X, typename I, typename N, typename P>
+HELPER void dots(W features, X x, I inputs, int count, N norm, int part, uint lane, P sums, P squares) {
 #pragma unroll
   for (int i = 0; i < ROWS * OUTS; ++i) {
     sums[i] = 0.0f;
@@ -42,19 +43,21 @@ HELPER void dots(W features, X x, I inputs, int count, N norm, uint lane, P sums
   int in = features[0].in;
   int chunks = features[0].chunks();
   decltype(features[0].load(0)) next[OUTS];
-  if (int(lane) < chunks) {
+  const int from_here = 32 * part + int(lane);
+  if (from_here < chunks) {
 #pragma unroll
     for (int o = 0; o < OUTS; ++o) {
-      next[o] = features[o].load(lane);
+      next[o] = features[o].load(from_here);
     }
   }
-  for (int i = lane; i < chunks; i += 32) {
+#pragma unroll 1
+  for (int i = from_here; i < chunks; i += 32 * SPLIT) {
     decltype(features[0].load(0)) chunk[OUTS];
 #pragma unroll
     for (int o = 0; o < OUTS; ++o) {
       chunk[o] = next[o];
-      if (i + 32 < chunks) {
-        next[o] = features[o].load(i + 32);  // on its way while this one is used
+      if (i + 32 * SPLIT < chunks) {
+        next[o] = features[o].load(i + 32 * SPLIT);  // on its way while this one is used
       }
     }
 #pragma unroll

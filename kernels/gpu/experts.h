@@ -24,9 +24,52 @@ HELPER int rank_of(E own, int expert) {
   return rank;
 }
 
+// What OUTS chunks of weights, of the values from `first` on, add to the sums of row_dots.
+template <typename T, int OUTS, int ROWS, int IN, bool NORM, typename C, typename X, typename I, typename N, typename P>
+HELPER void add_chunks(C chunks, int first, X x, I inputs, N norm, P sums, P squares) {
+#pragma unroll
+  for (int e = 0; e < chunks[0].values / 8; ++e) {
+    int at = first + 8 * e;
+    float scale[8];
+    if (NORM) {
+      auto eight = LOAD(Eight<T>, norm + at);
+#pragma unroll
+      for (int k = 0; k < 8; ++k) {
+        scale[k] = eight.get(k);
+      }
+    }
+    float values[ROWS * 8];
+#pragma unroll
+    for (int r = 0; r < ROWS; ++r) {
+      auto eight = LOAD(Eight<T>, x + inputs[r] * IN + at);
+#pragma unroll
+      for (int k = 0; k < 8; ++k) {
+        float value = eight.get(k);
+        if (NORM) {
+          squares[r] = metal::fma(value, value, squares[r]);
+          value = value * scale[k];
+        }
+        values[r * 8 + k] = value;
+      }
+    }
+#pragma unroll
+    for (int o = 0; o < OUTS; ++o) {
+      float w[8];
+      chunks[o].decode(e, w);
+#pragma unroll
+      for (int r = 0; r < ROWS; ++r) {
+#pragma unroll
+        for (int k = 0; k < 8; ++k) {
+          sums[r * OUTS + o] = metal::fma(values[r * 8 + k], w[k], sums[r * OUTS + o]);
+        }
+      }
+    }
+  }
+}
+
 // Each lane's shares of the dot products of OUTS rows of weights with ROWS rows of x [.., in], which
 // `inputs` names: sums[r * OUTS + o]; if NORM, of x times norm [in], and of the sums of x^2: squares[r].
-// Few registers count here: lanes wait for memory, and the more there are the better.
+// The loop is not unrolled: its instructions are fetched once, and fewer registers let more run.
 template <typename T, int OUTS, int ROWS, int IN, bool NORM, typename W, typename X, typename I, typename N, typename P>
 HELPER void row_dots(W features, X x, I inputs, N norm, uint lane, P sums, P squares) {
 #pragma unroll
@@ -37,51 +80,21 @@ HELPER void row_dots(W features, X x, I inputs, N norm, uint lane, P sums, P squ
   for (int r = 0; r < ROWS; ++r) {
     squares[r] = 0.0f;
   }
-  decltype(features[0].load(0)) chunk[OUTS];
+  decltype(features[0].load(0)) next[OUTS];
+  const int chunks = IN / next[0].values;
+#pragma unroll
+  for (int o = 0; o < OUTS; ++o) {
+    next[o] = features[o].load(metal::min(int(lane), chunks - 1));
+  }
 #pragma unroll 1
-  for (int i = lane; i < IN / chunk[0].values; i += 32) {
+  for (int i = lane; i < chunks; i += 32) {
+    decltype(features[0].load(0)) chunk[OUTS];
 #pragma unroll
     for (int o = 0; o < OUTS; ++o) {
-      chunk[o] = features[o].load(i);
+      chunk[o] = next[o];
+      next[o] = features[o].load(metal::min(i + 32, chunks - 1));  // on its way meanwhile
     }
-#pragma unroll
-    for (int e = 0; e < chunk[0].values / 8; ++e) {
-      int at = i * chunk[0].values + 8 * e;
-      float scale[8];
-      if (NORM) {
-        auto eight = LOAD(Eight<T>, norm + at);
-#pragma unroll
-        for (int k = 0; k < 8; ++k) {
-          scale[k] = eight.get(k);
-        }
-      }
-      float values[ROWS * 8];
-#pragma unroll
-      for (int r = 0; r < ROWS; ++r) {
-        auto eight = LOAD(Eight<T>, x + inputs[r] * IN + at);
-#pragma unroll
-        for (int k = 0; k < 8; ++k) {
-          float value = eight.get(k);
-          if (NORM) {
-            squares[r] = metal::fma(value, value, squares[r]);
-            value = value * scale[k];
-          }
-          values[r * 8 + k] = value;
-        }
-      }
-#pragma unroll
-      for (int o = 0; o < OUTS; ++o) {
-        float w[8];
-        chunk[o].decode(e, w);
-#pragma unroll
-        for (int r = 0; r < ROWS; ++r) {
-#pragma unroll
-          for (int k = 0; k < 8; ++k) {
-            sums[r * OUTS + o] = metal::fma(values[r * 8 + k], w[k], sums[r * OUTS + o]);
-          }
-        }
-      }
-    }
+    add_chunks<T, OUTS, ROWS, IN, NORM>(chunk, i * chunk[0].values, x, inputs, norm, sums, squares);
   }
 }
 

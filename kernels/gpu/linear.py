@@ -14,14 +14,16 @@ from specdec.kernels.gpu.limits import FLOATS, GROUPS, MAX_ROWS, PACKED, Unsuppo
 from specdec.kernels.norm import Norm
 from specdec.kernels.weight import Weight
 
-SIMDGROUPS = 2  # of a threadgroup: small ones spread evenly over a GPU's cores
-ENOUGH = 1024  # simdgroups keep a large GPU busy; a small matrix gets fewer features in each
+SIMDGROUPS = 2  # of a threadgroup, at least: small ones spread evenly over a GPU's cores
+SHARE = 1024  # inputs of a simdgroup, at least, where several share a row of weights
+PARTS = 32768  # of rows of weights, at most: a large matrix has enough to do without
+ENOUGH = 4096  # simdgroups keep a large GPU busy; a small matrix gets fewer features in each
 
 LINEAR = MetalKernel(
     "linear",
     inputs=("x", "data", "scales", "biases", "norm", "eps", "residual"),
     outputs=("out",),
-    template=("T", "BITS", "GROUP", "ROWS", "OUTS", "SIMDGROUPS", "NORM", "RESIDUAL"),
+    template=("T", "BITS", "GROUP", "ROWS", "OUTS", "SPLIT", "SIMDGROUPS", "NORM", "RESIDUAL"),
     helpers=("weights.h", "dots.h", "simd_sums.h"),
 )
 EMBED = MetalKernel(
@@ -89,12 +91,14 @@ def _linear(
             raise Unsupported(f"kernel linear: {name} of {found}, expected {dtype} as x")
     rows, outs = x[0], data[0]
     most = 1 << (rows - 1).bit_length()
-    each = _features(outs, most)
-    threads = 32 * SIMDGROUPS
+    split = _split(x[1], outs)
+    each = _features(outs * split, most)
+    simdgroups = max(split, SIMDGROUPS)
+    threads = 32 * simdgroups
     return LINEAR.launch(
         [(rows, outs)],
         [dtype],
-        grid=(-(-outs // (each * SIMDGROUPS)) * threads, 1, 1),
+        grid=(-(-outs * split // (each * simdgroups)) * threads, 1, 1),
         threadgroup=(threads, 1, 1),
         template={
             "T": dtype,
@@ -102,7 +106,8 @@ def _linear(
             "GROUP": group_size or 32,
             "ROWS": most,
             "OUTS": each,
-            "SIMDGROUPS": SIMDGROUPS,
+            "SPLIT": split,
+            "SIMDGROUPS": simdgroups,
             "NORM": norm_dtype is not None,
             "RESIDUAL": residual_dtype is not None,
         },
@@ -143,10 +148,19 @@ def _check(kernel: str, data: tuple[int, ...], dtype: mx.Dtype, bits: int, group
         raise Unsupported(f"kernel {kernel}: a weight of {data[0] * data[1]} words, expected 8")
 
 
-def _features(outs: int, rows: int) -> int:
-    """How many output features a simdgroup computes; it changes no bits."""
+def _split(inputs: int, outs: int) -> int:
+    """How many simdgroups share a row of weights. It decides in which order its sum is added, so
+    it must not depend on the rows of x."""
+    split = 1
+    while inputs >= 2 * split * SHARE and 2 * split * outs <= PARTS and split < 8:
+        split *= 2
+    return split
+
+
+def _features(sums: int, rows: int) -> int:
+    """How many output features a simdgroup computes of `sums` in all; it changes no bits."""
     most = 2 if rows == 32 else 4  # as registers allow
     each = 1
-    while each < most and outs >= 2 * each * ENOUGH:
+    while each < most and sums >= 2 * each * ENOUGH:
         each *= 2
     return each

@@ -36,6 +36,9 @@ CASES = [
     (8, 128, 7, 256, 1, False, False),
     (0, 0, 1, 8, 1, False, False),
     (0, 0, 7, 1000, 5, True, True),
+    (4, 64, 7, 4096, 3, True, True),
+    (8, 64, 32, 2048, 5, True, False),
+    (0, 0, 3, 2056, 2, False, True),
 ]
 # of sums against float64, relative to the largest; weights and x are rounded to the dtype before
 DTYPES = {mx.float32: 5e-6, mx.float16: 1e-3, mx.bfloat16: 8e-3}
@@ -166,8 +169,14 @@ def test_features_computed_side_by_side_have_the_same_bits(bits, side_by_side):
         assert same_bits(bits_of(problem.run()), expected)
 
 
+def test_long_rows_of_small_matrices_are_shared():
+    shapes = [(1024, 8), (2047, 8), (2048, 257), (4096, 2048), (2048, 12352), (2048, 248320)]
+    assert [gpu._split(*shape) for shape in shapes] == [1, 1, 2, 4, 2, 1]
+    assert gpu._split(10**6, 8) == 8
+
+
 def test_small_matrices_have_fewer_features_in_a_simdgroup():
-    assert [gpu._features(outs, 1) for outs in (1, 2047, 2048, 4095, 4096, 10**6)] == [
+    assert [gpu._features(outs, 1) for outs in (1, 8191, 8192, 16383, 16384, 10**6)] == [
         1,
         1,
         2,
@@ -246,6 +255,7 @@ def test_the_text_compiles_for_cuda_without_spills(bits, rows, tmp_path):
         "GROUP": 64,
         "ROWS": rows,
         "OUTS": 4,
+        "SPLIT": 2,
         "SIMDGROUPS": 2,
         "NORM": rows == 1,
         "RESIDUAL": rows > 1,
