@@ -46,6 +46,15 @@ class RecordedRun:
 
 
 @dataclass(frozen=True)
+class Plan:
+    """What of a memory plan makes runs comparable: its bytes, layers pinned, slots of others."""
+
+    total: int
+    pinned: tuple[int, ...]
+    slots: int
+
+
+@dataclass(frozen=True)
 class RunFile:
     """A file of runs. text: the prompt of kind "generate", None otherwise. document: all that
     stands in it."""
@@ -56,7 +65,7 @@ class RunFile:
     version: str
     settings: Mapping[str, Any]
     environment: Mapping[str, Any]
-    plan: Mapping[str, Any]
+    plan: Plan
     text: str | None
     vocabulary: Vocabulary
     runs: tuple[RecordedRun, ...]
@@ -70,10 +79,13 @@ class RunFile:
 
 def read(path: Path) -> RunFile:
     """A file of runs; RunFileError as the module says."""
-    from cattrs import BaseValidationError, transform_error
+    from cattrs import BaseValidationError, structure, transform_error
 
     document = _document(path)
     try:
+        for name in ("settings", "environment", "vocabulary"):
+            if not isinstance(document[name], dict):
+                raise ValueError(f"{name} is {document[name]!r:.40}, expected an object")
         runs = tuple(_generated(document) if document["kind"] == KINDS[0] else _swept(document))
         return RunFile(
             path=path,
@@ -82,14 +94,14 @@ def read(path: Path) -> RunFile:
             version=str(document["specdec"]),
             settings=document["settings"],
             environment=document["environment"],
-            plan=document["plan"],
+            plan=structure(document["plan"], Plan),
             text=document.get("prompt"),
-            vocabulary=document["vocabulary"],
+            vocabulary={key: _token(value) for key, value in document["vocabulary"].items()},
             runs=runs,
             document=document,
         )
     except BaseValidationError as error:
-        words = "; ".join(transform_error(error, path="metrics")[:3])
+        words = "; ".join(transform_error(error, path="")[:3]).replace(" @ .", " @ ")
         raise RunFileError(f"{path}: not readable: {words}") from error
     except KeyError as error:
         raise RunFileError(f"{path}: not readable: the field {error} is missing") from error
@@ -123,6 +135,11 @@ def _document(path: Path) -> dict[str, Any]:
         )
         raise RunFileError(f"{path}: schema {schema!r}, expected {SCHEMA}; {what}")
     return value
+
+
+def _token(value: Any) -> str | list[int]:
+    """A text or bytes. ValueError for anything else."""
+    return value if isinstance(value, str) else list(bytes([*value]))
 
 
 def _no_number(name: str) -> None:
@@ -180,7 +197,10 @@ def _swept(document: Mapping[str, Any]) -> Iterator[RecordedRun]:
 def _metrics(run: Mapping[str, Any]) -> Metrics:
     import cattrs
 
-    return cattrs.structure(run["metrics"], Metrics)
+    found = cattrs.structure(run["metrics"], Metrics)
+    if found.rounds != len(run["rounds"]):
+        raise ValueError(f"metrics count {found.rounds} rounds, there are {len(run['rounds'])}")
+    return found
 
 
 def _temperature(settings: Mapping[str, Any]) -> float:

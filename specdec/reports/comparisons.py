@@ -84,7 +84,7 @@ def comparisons(every: Sequence[Series]) -> tuple[Comparison, ...]:
             same = [other for other in first if other.budget == one.budget]
             others = [other for other in first if not other.plain and not one.plain]
             rivals.append(_rival(one, same) or _rival(one, others))
-        for other in dict.fromkeys(rival for rival in rivals if rival is not None):
+        for other in {rival.name: rival for rival in rivals if rival is not None}.values():
             found = [compare(one, other, kind) for kind in one.kinds]
             done += [comparison for comparison in found if comparison is not None]
     return tuple(done)

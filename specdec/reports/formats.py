@@ -75,7 +75,7 @@ def _file(file: RunFile) -> str:
         f"{len(file.runs)} runs",
         f"{where.get('processor') or where.get('machine')}, {where.get('cores', '?')} cores",
         f"kernels {where.get('kernels')} on {where.get('device')}, MLX {where.get('mlx')}",
-        f"plan {size(file.plan['total'])}, {len(file.plan['pinned'])} layers pinned",
+        f"plan {size(file.plan.total)}, {len(file.plan.pinned)} layers pinned",
     ]
     return "; ".join(parts)
 

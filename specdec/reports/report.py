@@ -70,7 +70,7 @@ def _warnings(report: Report) -> list[str]:
     models = {str(file.settings.get("model") or "the demo pair") for file in report.files}
     if len(models) > 1:
         words.append(f"the files are of different models: {', '.join(sorted(models))}")
-    kept = {(len(file.plan["pinned"]), file.plan["slots"]) for file in report.files}
+    kept = {(len(file.plan.pinned), file.plan.slots) for file in report.files}
     if len(kept) > 1:
         plans = ", ".join(f"{pins} layers pinned and {slots} slots" for pins, slots in sorted(kept))
         words.append(f"the files kept different experts in memory: {plans}")
