@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 
 from specdec.aggregate import aggregate, median
 from specdec.metrics import compare, first_difference, measure
+from specdec.report import verdict
+from specdec.units import interval
 from tests.results import counters, result
 
 
@@ -104,6 +106,25 @@ def test_comparison():
     assert done.speedup == pytest.approx(3)
     assert done.equal
     assert done.first_difference is None
+
+
+def test_a_comparison_has_an_interval_over_the_text():
+    """Rounds of a steady pace leave no doubt, others do; a short text has no interval."""
+    plain = result(accepted=[0] * 40, nodes=0, decode_seconds=40.0)
+    steady = compare(plain, result(accepted=[1] * 20, nodes=2, decode_seconds=20.0))
+    assert steady.speedup_low == pytest.approx(2.0)
+    assert steady.speedup_high == pytest.approx(2.0)
+    uneven = compare(plain, result(accepted=[0] * 12 + [3] * 7, nodes=3, decode_seconds=19.0))
+    assert uneven.speedup_low is not None
+    assert uneven.speedup is not None
+    assert uneven.speedup_high is not None
+    assert uneven.speedup_low < 0.8 * uneven.speedup < uneven.speedup < 0.8 * uneven.speedup_high
+    words = verdict(uneven)[0]
+    low, high = uneven.speedup_low, uneven.speedup_high
+    assert f"95 % interval {interval(low, high)} over blocks of this text" in words
+    short = compare(result(accepted=[0] * 3, nodes=0), result(accepted=[1], nodes=2))
+    assert short.speedup_low is None
+    assert "interval" not in verdict(short)[0]
 
 
 @pytest.mark.parametrize(
