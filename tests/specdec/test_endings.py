@@ -302,7 +302,9 @@ def test_a_disk_error_ends_the_run_and_keeps_the_old_json(pair, tmp_path, monkey
     assert "error: " in done.stderr
     assert "Input/output error" in done.stderr
     assert "Traceback" not in done.stderr
-    assert re.search(r"^speculative\nprompt .*\ngenerated .* ended by: error$", done.stderr, re.M)
+    assert re.search(
+        r"^speculative\nprompt .*\nsampling .*\ngenerated .* ended by: error$", done.stderr, re.M
+    )
     assert path.read_text() == "old"
 
 
