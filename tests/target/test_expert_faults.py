@@ -296,6 +296,41 @@ def test_a_disk_that_stays_broken_is_met_by_whoever_asks(
     check_all(opened, cache)
 
 
+def test_prefetch_after_a_pass_that_was_left_amid_its_waves(
+    opened: Opened, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Somebody still holds the pass, as a traceback does: its loads are forgotten all the same."""
+    cache = ExpertCache(opened.store, (), 9, mx.float32)
+    with monkeypatch.context() as patch:
+        SlowDisk(patch, 0.01)
+        left = cache.waves(1, np.arange(EXPERTS))
+        next(left)
+        cache.prefetch(2, np.array([3, 6]), chance=1.0)
+        check_all(opened, cache)
+        cache.prefetch(2, np.array([3, 6]), chance=1.0)
+        del left
+        check_all(opened, cache)
+    check_all(opened, cache)
+
+
+def test_prefetch_amid_waves_lets_the_pass_go_on(
+    opened: Opened, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the guesses of the next layer are made: while this one's experts are read."""
+    cache = ExpertCache(opened.store, (), 12, mx.float32)
+    with monkeypatch.context() as patch:
+        SlowDisk(patch, 0.005)
+        for layer in range(LAYERS):
+            waves = cache.waves(layer, np.array([1, 2, 5]))
+            next(waves)
+            cache.prefetch((layer + 1) % LAYERS, np.array([1, 7]), chance=1.0)
+            for wave in waves:
+                opened.check(layer, wave, mx.float32)
+    one = cache.counters()[1]
+    assert (one.early, one.early_hits + one.late) == (2, 1)
+    check_all(opened, cache)
+
+
 def test_ctrl_c_while_a_prefetch_is_waited_for(
     opened: Opened, monkeypatch: pytest.MonkeyPatch
 ) -> None:
