@@ -5,6 +5,7 @@ import html.parser
 import json
 import re
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -125,6 +126,23 @@ def test_all_formats_hold_the_same_figures(runs, page):
     for title in re.findall(r"^## (.+)$", markdown, re.MULTILINE):
         assert title in text
         assert title in words
+
+
+def test_every_field_of_the_json_is_documented(runs):
+    text = (Path(__file__).parents[2] / "docs/json.md").read_text()
+    documented = set(re.findall(r"`(\w+)`", text))
+
+    def names(part):
+        if isinstance(part, list):
+            return set().union(*map(names, part))
+        if isinstance(part, dict):
+            return set(part).union(*map(names, part.values()))
+        return set()
+
+    values = document(runs.compared, runs.sweep)
+    for file in values["files"]:  # another document's, described there
+        file["environment"], file["settings"] = {}, {}
+    assert names(values) - documented == set()
 
 
 def test_partial_files_are_shown_as_partial(runs):
