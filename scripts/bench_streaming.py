@@ -27,6 +27,7 @@ from scripts.streaming import checkpoint, peer, reads, residency, speculation
 from scripts.streaming.run import PROMPT
 from scripts.streaming.trace import Shape, Trace, local_trace, random_trace
 from specdec.kernels.array import choose_backend
+from specdec.metrics import peak_process_bytes
 from specdec.target.streaming import PREFETCH, QUEUE_DEPTH
 
 PARTS = ("reads", "residency", "speculation", "peer")
@@ -138,6 +139,8 @@ def main() -> None:
             figures[part] = peer.run(
                 folders, local, starts, args.peer_tokens, args.prefetch[0], args.peer_gb
             )
+    figures["peak_memory"] = peak_process_bytes()
+    print(f"\npeak memory of this process: {figures['peak_memory'] / 1e9:.1f} GB")
     if args.json is not None:
         args.json.write_text(json.dumps(figures, indent=2) + "\n")
 

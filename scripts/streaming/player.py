@@ -108,7 +108,6 @@ class Mapped:
         for file in self.store.files:
             self._files[file.path] = mmap.mmap(file.descriptor, 0, prot=mmap.PROT_READ)
             self._files[file.path].madvise(mmap.MADV_RANDOM)
-            os.posix_fadvise(file.descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
         self._descriptors = {file.path: file.descriptor for file in self.store.files}
         self._each = self.store.geometry(self.store.layers[0]).bytes_on_disk
 
@@ -141,7 +140,12 @@ class Mapped:
                 self._slice(layer, info, expert, mmap.MADV_DONTNEED)
 
     def warm(self, trace: Trace, until: int) -> None:
-        """Have in memory what a cache by recency would have."""
+        """Have in memory what a cache by recency would have, and nothing else: whoever read the
+        files meanwhile left pages that count for nobody."""
+        for path, file in self._files.items():
+            file.madvise(mmap.MADV_DONTNEED)
+            os.posix_fadvise(self._descriptors[path], 0, 0, os.POSIX_FADV_DONTNEED)
+        self._recent.clear()
         keep = max(0, (self.limit - _allocated()) // self._each)
         layers = self.store.layers
         for at, layer in enumerate(layers):

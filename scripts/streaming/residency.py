@@ -7,7 +7,7 @@ bytes at the speed the reader reached; with perfect overlap the longer of the tw
 
 import statistics
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import asdict
 from time import perf_counter
 from typing import Any
@@ -53,7 +53,7 @@ def run(
         for share in shares:
             like = next(iter(rigs.values()), None)
             rig = Rig(folders.repacked, Setting(share, how), like=like)
-            rigs[share] = stack.enter_context(rig)
+            rigs[share] = stack.enter_context(closing(rig))
         head = _head_seconds(rigs[shares[0]])
         local = traces["local"]
         settings = [

@@ -6,7 +6,7 @@ share of 1 all experts are in memory.
 """
 
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import asdict
 from typing import Any
 
@@ -43,7 +43,8 @@ def run(
         rigs: dict[float, Rig] = {}
         for share in shares:
             setting, like = Setting(share, how, max(budgets)), next(iter(rigs.values()), None)
-            rigs[share] = stack.enter_context(Rig(folders.repacked, setting, folders.draft, like))
+            rig = Rig(folders.repacked, setting, folders.draft, like)
+            rigs[share] = stack.enter_context(closing(rig))
         for first in starts:
             for share, rig in rigs.items():
                 for name in names:
