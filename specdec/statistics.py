@@ -110,7 +110,7 @@ class Chosen:
 
 def length(prompts: Prompts) -> Estimate:
     """Mean acceptance length: the mean over prompts of tokens committed per round."""
-    return per_prompt(_clusters(prompts, lambda one: (one.accepted + 1, 1)))
+    return _least(1.0, per_prompt(_clusters(prompts, lambda one: (one.accepted + 1, 1))))
 
 
 def lengths(prompts: Prompts) -> tuple[Length, ...]:
@@ -211,8 +211,12 @@ def costs(prompts: Prompts) -> tuple[Cost, ...]:
 def per_round(prompts: Prompts, count: Callable[[Round], float]) -> Estimate:
     """The mean over all rounds of a count, which is never below 0."""
     clusters = _clusters(prompts, lambda one: (count(one), 1))
-    found = pooled(clusters) if clusters.sums else NOTHING
-    return found if found.low is None else replace(found, low=max(0.0, found.low))
+    return _least(0.0, pooled(clusters)) if clusters.sums else NOTHING
+
+
+def _least(bound: float, of: Estimate) -> Estimate:
+    """An estimate of what is never below `bound`, whose interval is not either."""
+    return of if of.low is None else replace(of, low=max(bound, of.low))
 
 
 def _quartiles(values: Sequence[float]) -> tuple[float, float, float]:

@@ -47,11 +47,16 @@ def page(report: Report) -> str:
 def _tiles(report: Report) -> list[Tile]:
     """The fastest run against plain decoding, and what its draft is worth."""
     totals = [one for one in report.totals if one.speed.value is not None]
-    drafting = [one for one in totals if one.budget != 1]
-    best = max(drafting, key=lambda one: one.speed.value or 0.0, default=None)
-    rivals = [one.against for one in report.comparisons if best and one.series == best.series]
-    plains = [one for one in totals if one.budget == 1]
-    plain = next((one for one in plains if one.series in rivals), plains[0] if plains else None)
+    plains = {one.series: one for one in totals if one.budget == 1}
+    rivals = {one.series: one.against for one in report.comparisons if one.against in plains}
+    best = max(
+        (one for one in totals if one.budget != 1),
+        key=lambda one: (one.series in rivals, one.speed.value or 0.0),
+        default=None,
+    )
+    plain = next(iter(plains.values()), None) if best is None else None
+    if best is not None and best.series in rivals:
+        plain = plains[rivals[best.series]]
     tiles = []
     for one in (plain, best):
         if one is not None:
@@ -61,7 +66,9 @@ def _tiles(report: Report) -> list[Tile]:
         return tiles
     for verdict in report.comparisons:
         ratio = verdict.speed
-        if verdict.series == best.series and verdict.kind == best.kind and ratio.value is not None:
+        ours = plain is not None and verdict.against == plain.series
+        ours = ours and (verdict.series, verdict.kind) == (best.series, best.kind)
+        if ours and ratio.value is not None:
             words = f"against {verdict.against}; {_interval(told(ratio))}, {unit(ratio)}"
             tiles.append(Tile(f"{ratio.value:.2f}x", "as fast", words))
             equal = "equal" if verdict.tokens_equal else "DIFFER"

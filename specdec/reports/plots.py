@@ -47,7 +47,7 @@ class Plot:
 def plots(report: Report) -> Iterator[Plot]:
     """Every plot that has something to show. SpecdecError without matplotlib."""
     drawn = [one for one in report.totals if one.rounds]
-    colour = {one.name: at % COLOURS for at, one in enumerate(report.series)}
+    colour = _colours(report)
     trees = [one for one in drawn if one.depths]
     pen = _Pen(colour)
     if drawn:
@@ -85,6 +85,14 @@ def plots(report: Report) -> Iterator[Plot]:
     if any(not layer.pinned for one in drawn for layer in one.layers):
         words = "requested experts that were in memory; hollow: pinned layers"
         yield pen.plot("layers", "Hit rate by layer", words, drawn, _layers)
+
+
+def _colours(report: Report) -> dict[str, int]:
+    """A colour per series; the first plain one's is 0, a grey."""
+    plain = next((one.name for one in report.series if one.plain), None)
+    others = [one.name for one in report.series if one.name != plain]
+    found = {name: 1 + at % (COLOURS - 1) for at, name in enumerate(others)}
+    return found if plain is None else {plain: 0, **found}
 
 
 Draw = Callable[["Axes", Sequence[Figures], Sequence[str]], None]

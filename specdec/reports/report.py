@@ -74,6 +74,7 @@ def _warnings(report: Report) -> list[str]:
     if len(kept) > 1:
         plans = ", ".join(f"{pins} layers pinned and {slots} slots" for pins, slots in sorted(kept))
         words.append(f"the files kept different experts in memory: {plans}")
+    words += _strangers(report)
     for one in report.comparisons:
         if not one.tokens_equal and one.kind == _total(report, one.series):
             words.append(f"tokens DIFFER between {one.series} and {one.against}")
@@ -83,6 +84,24 @@ def _warnings(report: Report) -> list[str]:
                 f"{told(one.speed)} times its speed"
             )
     return words
+
+
+def _strangers(report: Report) -> list[str]:
+    """Files that nothing compares with any other."""
+    home = {one.name: one.file for one in report.series}
+    met = {
+        name
+        for one in report.comparisons
+        if home[one.series] != home[one.against]
+        for name in (home[one.series], home[one.against])
+    }
+    alone = sorted(set(home.values()) - met)
+    if len(set(home.values())) < 2 or not alone:
+        return []
+    return [
+        f"not compared with other files, for want of a prompt with the same model, sampling and "
+        f"limits: {', '.join(alone)}"
+    ]
 
 
 def _total(report: Report, name: str) -> str:

@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
@@ -88,6 +88,7 @@ def test_too_little_has_no_interval():
     assert intervals.paired(1.5, [[(3, 2)]]) == Estimate(1.5, None, None, "blocks", 1)
 
 
+@settings(deadline=None)
 @given(st.lists(st.lists(st.integers(1, 9), max_size=40), max_size=9))
 def test_clusters_keep_every_round(prompts):
     clusters = Clusters.of([[(value, 1) for value in rounds] for rounds in prompts])

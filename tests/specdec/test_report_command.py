@@ -166,6 +166,15 @@ def test_a_file_without_runs_is_a_report_that_says_so(runs, tmp_path):
     assert "PARTIAL: no run was made" in Words.of(report(path, "-o", "-"))
 
 
+def test_files_without_a_prompt_in_common_are_not_compared(runs):
+    values = document(runs.compared, runs.sweep)
+    assert "not compared with other files" in " ".join(values["warnings"])
+    names = {one["series"].rpartition(", ")[2] for one in values["comparisons"]}
+    for one in values["comparisons"]:
+        assert one["series"].rpartition(", ")[2] == one["against"].rpartition(", ")[2]
+    assert names == {"compared", "sweep"}
+
+
 def test_differing_tokens_and_machines_are_said_aloud(runs, tmp_path):
     other = json.loads(runs.two.read_text())
     other["environment"]["processor"] = "another one"

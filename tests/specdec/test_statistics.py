@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from specdec import statistics
@@ -121,6 +121,7 @@ def test_counts_per_round_are_never_below_nothing():
     assert found.low == 0
 
 
+@settings(deadline=None)
 @given(
     st.lists(st.lists(st.sampled_from([[0], [0, 1], [0, 2], [0, 1, 3]]), max_size=12), max_size=8)
 )
