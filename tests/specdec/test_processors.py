@@ -18,9 +18,9 @@ NONE = np.empty(0, np.int64)
 
 
 def rows(least=2, most=40):
-    """Logits with many ties (quarters), or with none."""
+    """Logits with many ties (quarters), or few; what differs does so by more than rounding."""
     tied = st.integers(-40, 40).map(lambda n: n / 4)
-    wide = st.floats(-60, 60, width=32)
+    wide = st.integers(-60_000, 60_000).map(lambda n: n / 1000)
     return st.one_of(
         st.lists(tied, min_size=least, max_size=most), st.lists(wide, min_size=least, max_size=most)
     ).map(lambda values: np.array(values, np.float32))
@@ -64,9 +64,9 @@ def clear(logits, sampling):
     p = softmax(logits)
     above = np.array([p[logits > one].sum() for one in logits])
     if sampling.top_p < 1.0:
-        assume((abs(above - sampling.top_p) > 1e-5 * sampling.top_p).all())
+        assume((abs(above - sampling.top_p) > 1e-4 * sampling.top_p).all())
     if 0.0 < sampling.min_p < 1.0:
-        assume((abs(p / p.max() - sampling.min_p) > 1e-5 * sampling.min_p).all())
+        assume((abs(p / p.max() - sampling.min_p) > 1e-4 * sampling.min_p).all())
 
 
 def probabilities(found, vocab):
@@ -82,6 +82,7 @@ def test_the_distribution_is_the_definitions(logits, sampling):
     assert np.array_equal(logits, before)
     expected = naive(logits, sampling)
     got = probabilities(found, len(logits))
+    assume(not ((expected > 1e-31) & (expected < 1e-29)).any())  # no doubt what counts as none
     np.testing.assert_allclose(got, expected, rtol=3e-5, atol=1e-30)
     assert np.array_equal(got > 1e-30, expected > 1e-30)
 
@@ -106,6 +107,7 @@ def test_the_distribution_is_mlx_lms(logits, sampling):
             logs = utils.apply_top_k(logs, sampling.top_k)
         expected = np.array(mx.softmax(logs * (1 / sampling.temperature), axis=-1))[0]
     got = probabilities(distribution(logits, sampling, NONE), vocab)
+    assume(not ((expected > 1e-31) & (expected < 1e-29)).any())  # no doubt what counts as none
     if sampling.min_p == 1.0 or sampling.top_p == 1e-9:  # log-softmax rounds there: compare the top
         assert got[expected.argmax()] > 0
         return
