@@ -6,6 +6,7 @@ from functools import cached_property
 import mlx.core as mx
 
 from specdec.kernels.array import Array, OnCpu, is_numpy
+from specdec.kernels.gpu.resident import resident
 
 cpu = OnCpu("norm")
 
@@ -22,8 +23,8 @@ class Norm:
 
     @cached_property
     def on_device(self) -> mx.array:
-        """eps as a float32 array of one element."""
-        return mx.array([self.eps], mx.float32)
+        """eps for GPU kernels, the first element of a float32 array."""
+        return resident([self.eps], mx.float32)
 
 
 def rms_norm(x: Array, weight: Array | None, eps: float) -> Array:

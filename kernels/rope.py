@@ -19,6 +19,7 @@ import numpy as np
 
 from specdec.errors import CheckpointError
 from specdec.kernels.array import Array, OnCpu, is_numpy
+from specdec.kernels.gpu.resident import resident
 
 cpu = OnCpu("rope")
 
@@ -191,6 +192,7 @@ class Rope:
         self._cos = np.zeros((0, half), np.float32)
         self._sin = np.zeros((0, half), np.float32)
         self._last: tuple[np.ndarray, mx.array, mx.array] | None = None
+        self._steps: dict[int, tuple[mx.array, mx.array]] = {}  # of the table, on the device
         self._asked: np.ndarray | None = None
 
     def __call__(self, x: Array, positions: np.ndarray) -> Array:
@@ -214,9 +216,20 @@ class Rope:
             return self._rows
         if self._last is None or not np.array_equal(self._last[0], positions):
             self._reach(positions)
-            cos, sin = mx.array(self._cos[positions]), mx.array(self._sin[positions])
-            self._last = (positions.copy(), cos, sin)
+            self._last = (positions.copy(), *self._on_device(positions))
         return self._last[1], self._last[2]
+
+    def _on_device(self, positions: np.ndarray) -> tuple[mx.array, mx.array]:
+        """Of a lone position a view of a part of the table, which is copied once."""
+        if len(positions) != 1:
+            return mx.array(self._cos[positions]), mx.array(self._sin[positions])
+        step, place = divmod(int(positions[0]), _TABLE_STEP)
+        if step not in self._steps:
+            rows = slice(step * _TABLE_STEP, (step + 1) * _TABLE_STEP)
+            tables = (resident(table[rows], mx.float32) for table in (self._cos, self._sin))
+            self._steps = {step: (next(tables), next(tables))}
+        cos, sin = self._steps[step]
+        return cos[place : place + 1], sin[place : place + 1]
 
     def _reach(self, positions: np.ndarray) -> None:
         assert positions.ndim == 1

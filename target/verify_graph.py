@@ -46,7 +46,6 @@ class VerifyGraph:
                 "turn": this.turn(ids),
                 "layout": this.layout.on_device,
                 "tree": this.tree.on_device,
-                "length": mx.array([state.length]),
                 "keys": state.keys,
                 "values": state.values,
                 "conv": state.conv,
@@ -84,7 +83,7 @@ class _Given(State):
     """A state of placeholders, which stages behind a length that is one of them."""
 
     def __init__(self, length: int, given: dict[str, Any]) -> None:
-        self.length, self._start = length, given["length"]
+        self.length, self._start = length, given["layout"]["paths"][0, 1:2]
         self.keys, self.values = list(given["keys"]), list(given["values"])
         self.conv, self.recurrent = given["conv"], given["recurrent"]
 

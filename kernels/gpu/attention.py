@@ -5,7 +5,7 @@ order. So its bits depend neither on the other rows, nor on where its keys lie i
 the work is cut into threadgroups.
 """
 
-from functools import cache
+from functools import cache, lru_cache
 from typing import NamedTuple
 
 import mlx.core as mx
@@ -14,11 +14,13 @@ import numpy as np
 from specdec.kernels.attention import AttentionLayout, AttentionShape
 from specdec.kernels.gpu.kernel import Launch, MetalKernel
 from specdec.kernels.gpu.limits import FLOATS, MAX_ROWS, Unsupported
+from specdec.kernels.gpu.resident import resident
 from specdec.kernels.linear import Piece
 
 POSITIONS = 128  # of a block; the kernels count on it
 MAX_DIM = 256
 MAX_GROUP = 16
+LONE_ROOTS = 1024  # of which the paths are kept on the device at a time
 ENOUGH = 192  # threadgroups keep a large GPU busy; beyond, heads rather share what is read
 
 INPUTS = MetalKernel(
@@ -113,7 +115,7 @@ def _inputs(
     )
     q, k, v = starts
     where = [q, k, v, 2 * dim if gated else dim, heads, kv_heads]
-    return launch, mx.array(where, mx.int32)
+    return launch, resident(where, mx.int32)
 
 
 def tree_attention(
@@ -176,7 +178,7 @@ def _attention(
         threadgroup=(dim, 1, 1),
         template={"T": dtype, "DIM": dim, "GATED": gate is not None},
     )
-    return _Attention(split, merge, mx.array([scale], mx.float32), mx.array([start], mx.int32))
+    return _Attention(split, merge, resident([scale], mx.float32), resident([start], mx.int32))
 
 
 def heads_together(group: int, others: int) -> int:
@@ -196,13 +198,29 @@ def paths(layout: AttentionLayout) -> mx.array:
     constant space: one kernel for all.
     """
     if "paths" not in layout.on_device:
-        rows, found = layout.tree.rows, layout.tree.paths
-        table = np.full((rows, max(8, 2 + rows)), -1, np.int32)
-        table[:, 0] = layout.length + layout.tree.depths
-        table[:, 1] = layout.length
-        table[:, 2 : 2 + found.shape[1]] = found
-        layout.on_device["paths"] = mx.array(table)
+        length, tree = layout.length, layout.tree
+        if tree.rows == 1:
+            place = length % LONE_ROOTS
+            layout.on_device["paths"] = _lone_roots(length - place)[place : place + 1]
+        else:
+            layout.on_device["paths"] = mx.array(_table(length + tree.depths, length, tree.paths))
     return layout.on_device["paths"]
+
+
+@lru_cache(maxsize=2)
+def _lone_roots(length: int) -> mx.array:
+    """The paths of a lone root behind `length`, length + 1, .. tokens, a row each."""
+    lengths = np.arange(length, length + LONE_ROOTS, dtype=np.int32)
+    return resident(_table(lengths, lengths, np.zeros((LONE_ROOTS, 1), np.int32)), mx.int32)
+
+
+def _table(positions: np.ndarray, length: int | np.ndarray, paths: np.ndarray) -> np.ndarray:
+    lone = paths.shape[1] == 1
+    table = np.full((len(paths), 8 if lone else max(8, 2 + len(paths))), -1, np.int32)
+    table[:, 0] = positions
+    table[:, 1] = length
+    table[:, 2 : 2 + paths.shape[1]] = paths
+    return table
 
 
 def block_count(layout: AttentionLayout) -> int:

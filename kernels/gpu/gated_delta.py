@@ -10,6 +10,7 @@ import mlx.core as mx
 from specdec.kernels.gated_delta import DeltaInputs, DeltaWeights, Tape
 from specdec.kernels.gpu.kernel import Launch, MetalKernel
 from specdec.kernels.gpu.limits import FLOATS, MAX_ROWS, Unsupported
+from specdec.kernels.gpu.resident import resident
 from specdec.kernels.gpu.tree_program import tree_program
 from specdec.kernels.layout import TreeLayout
 
@@ -126,7 +127,7 @@ def replay(
 @cache
 def _starts(*columns: int) -> mx.array:
     """Where in their rows the pieces begin."""
-    return mx.array(columns, mx.int32)
+    return resident(columns, mx.int32)
 
 
 @cache
