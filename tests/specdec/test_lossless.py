@@ -22,7 +22,7 @@ from specdec.tree.build import build
 from specdec.tree.draft_tree import DraftTree
 from tests.chance import draw, table_engine
 
-VOCAB, LENGTH, TEXTS = 4, 3, 2000
+VOCAB, LENGTH, TEXTS = 4, 3, 1500
 PROMPT = [1, 2]
 FILTERED = {"temperature": 1.2, "top_p": 0.93, "min_p": 0.02, "repetition_penalty": 1.4}
 PLAIN = {"temperature": 0.9}
