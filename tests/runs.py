@@ -31,7 +31,7 @@ def write_runs(folder: Path) -> Runs:
     prompts.write_text("".join(json.dumps(line) + "\n" for line in lines))
     generate = ("generate", "--max-tokens", "24", "--ignore-eos")
     slots = ("--pin-layers", "4", "--cache-slots", "200")
-    bench = ("bench", "--prompts", prompts, "--budgets", "1,3,auto")
+    bench: tuple[object, ...] = ("bench", "--prompts", prompts, "--budgets", "1,3,auto")
     bench += ("--repeat", "2", "--max-tokens", "12", "--ignore-eos")
     for arguments in (
         (*generate, *slots, "--budget", "4", "--compare", "--json", runs.compared),

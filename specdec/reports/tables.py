@@ -22,20 +22,21 @@ class Table:
 
 
 def tables(report: Report) -> Iterator[Table]:
-    """All tables that have a row, in the order in which they are told."""
-    totals = report.totals
+    """All tables that have a row, in the order in which they are told; classes one by one."""
+    every = report.figures
     for table in (
-        _speeds(report),
+        _speeds(every),
         _comparisons(report),
-        _lengths(totals),
-        _depths(totals),
-        _ranks(totals),
-        _calibration(totals),
-        _chosen(totals),
-        _phases(totals),
-        _costs(totals),
-        _experts(report.figures),
-        _layers(totals),
+        _acceptance(every),
+        _lengths(every),
+        _depths(every),
+        _ranks(every),
+        _calibration(every),
+        _chosen(every),
+        _phases(every),
+        _costs(every),
+        _experts(every),
+        _layers(every),
     ):
         if table.rows:
             yield table
@@ -46,7 +47,7 @@ def unit(one: Estimate) -> str:
     return f"{one.count} {one.unit}" if one.low is not None else "-"
 
 
-def _speeds(report: Report) -> Table:
+def _speeds(every: Iterable[Figures]) -> Table:
     return Table(
         "speed",
         "Speed",
@@ -64,7 +65,7 @@ def _speeds(report: Report) -> Table:
                 number(one.prefill),
                 number(one.first, 3),
             )
-            for one in report.figures
+            for one in every
         ),
     )
 
@@ -93,73 +94,95 @@ def _comparisons(report: Report) -> Table:
     )
 
 
-def _lengths(totals: Iterable[Figures]) -> Table:
+def _acceptance(every: Iterable[Figures]) -> Table:
+    return Table(
+        "acceptance",
+        "Acceptance",
+        "Mean acceptance length: tokens committed per round, the mean over prompts. accepted: of "
+        "all drafted nodes.",
+        ("run", "class", "rounds", "tokens per round", "over", "accepted"),
+        tuple(
+            (
+                one.series,
+                one.kind,
+                str(sum(bar.rounds for bar in one.lengths)),
+                told(one.length),
+                unit(one.length),
+                percent(one.acceptance_rate),
+            )
+            for one in every
+            if one.budget != 1
+        ),
+    )
+
+
+def _lengths(every: Iterable[Figures]) -> Table:
     return Table(
         "lengths",
         "Accepted lengths",
         "Tokens committed per round: one bonus token and the accepted draft tokens.",
-        ("run", "tokens", "rounds", "share"),
+        ("run", "class", "tokens", "rounds", "share"),
         tuple(
-            (one.series, str(bar.length), str(bar.rounds), percent(bar.share))
-            for one in totals
+            (one.series, one.kind, str(bar.length), str(bar.rounds), percent(bar.share))
+            for one in every
             if one.budget != 1
             for bar in one.lengths
         ),
-        (0,),
     )
 
 
-def _depths(totals: Iterable[Figures]) -> Table:
+def _depths(every: Iterable[Figures]) -> Table:
     return Table(
         "depths",
         "Acceptance by depth",
         "reached: rounds that accepted at least so many draft tokens. rate: of the rounds that "
         "accepted the depth above and had drafted further, those that accepted again.",
-        ("run", "depth", "reached %", "visits", "rate %"),
+        ("run", "class", "depth", "reached %", "visits", "rate %"),
         tuple(
             (
                 one.series,
+                one.kind,
                 str(at.depth),
                 told(at.reached, 1, 100),
                 str(at.visits),
                 told(at.rate, 1, 100),
             )
-            for one in totals
+            for one in every
             for at in one.depths
         ),
-        (0,),
     )
 
 
-def _ranks(totals: Iterable[Figures]) -> Table:
+def _ranks(every: Iterable[Figures]) -> Table:
     return Table(
         "ranks",
         "Acceptance by sibling rank",
         "Rank 0 is the draft's likeliest child of a node. rate: of the accepted nodes with so many "
         "children and one more, those whose child of this rank was accepted.",
-        ("run", "rank", "visits", "rate %", "of accepted"),
+        ("run", "class", "rank", "visits", "rate %", "of accepted"),
         tuple(
             (
                 one.series,
+                one.kind,
                 str(at.rank),
                 str(at.visits),
                 told(at.rate, 1, 100),
                 percent(at.share),
             )
-            for one in totals
+            for one in every
             for at in one.ranks
         ),
-        (0,),
     )
 
 
-def _calibration(totals: Iterable[Figures]) -> Table:
+def _calibration(every: Iterable[Figures]) -> Table:
     rows = []
-    for one in totals:
+    for one in every:
         for part in one.calibration.bins:
             rows.append(
                 (
                     one.series,
+                    one.kind,
                     f"{part.low:.1f} to {part.high:.1f}",
                     str(part.nodes),
                     percent(part.predicted),
@@ -169,65 +192,66 @@ def _calibration(totals: Iterable[Figures]) -> Table:
         if one.calibration.error is not None:
             off = one.calibration
             words = f"error {percent(off.error)}, bias {100 * (off.bias or 0.0):+.1f} %"
-            rows.append((one.series, "all", str(sum(b.nodes for b in off.bins)), words, "-"))
+            rows.append(
+                (one.series, one.kind, "all", str(sum(b.nodes for b in off.bins)), words, "-")
+            )
     return Table(
         "calibration",
         "Calibration of the draft",
         "Drafted nodes by the probability that the draft gave the path down to them, and the share "
         "that was accepted. error: expected calibration error; bias above 0: too sure of itself.",
-        ("run", "path probability", "nodes", "predicted", "accepted %"),
+        ("run", "class", "path probability", "nodes", "predicted", "accepted %"),
         tuple(rows),
     )
 
 
-def _chosen(totals: Iterable[Figures]) -> Table:
+def _chosen(every: Iterable[Figures]) -> Table:
     return Table(
         "chosen",
         "Nodes per round",
         "How many nodes rounds verified; 0 is a round of plain decoding.",
-        ("run", "nodes", "rounds", "share"),
+        ("run", "class", "nodes", "rounds", "share"),
         tuple(
-            (one.series, str(bar.nodes), str(bar.rounds), percent(bar.share))
-            for one in totals
+            (one.series, one.kind, str(bar.nodes), str(bar.rounds), percent(bar.share))
+            for one in every
             if one.budget != 1
             for bar in one.chosen
         ),
-        (0,),
     )
 
 
-def _phases(totals: Iterable[Figures]) -> Table:
+def _phases(every: Iterable[Figures]) -> Table:
     return Table(
         "phases",
         "Phases of a round",
         "Mean milliseconds per round, and share of the decode time.",
-        ("run", "phase", "ms", "share"),
+        ("run", "class", "phase", "ms", "share"),
         tuple(
-            (one.series, phase.name, number(phase.ms_per_round, 3), percent(phase.share))
-            for one in totals
+            (one.series, one.kind, phase.name, number(phase.ms_per_round, 3), percent(phase.share))
+            for one in every
             for phase in one.phases
         ),
     )
 
 
-def _costs(totals: Iterable[Figures]) -> Table:
+def _costs(every: Iterable[Figures]) -> Table:
     return Table(
         "costs",
         "Cost of a verify pass",
         "Milliseconds by rows (the root and every node): median, lower and upper quartile.",
-        ("run", "rows", "passes", "median ms", "quartiles"),
+        ("run", "class", "rows", "passes", "median ms", "quartiles"),
         tuple(
             (
                 one.series,
+                one.kind,
                 str(at.rows),
                 str(at.rounds),
                 number(at.median, 3),
                 f"{at.low:.3f} to {at.high:.3f}",
             )
-            for one in totals
+            for one in every
             for at in one.costs
         ),
-        (0,),
     )
 
 
@@ -253,22 +277,23 @@ def _experts(every: Iterable[Figures]) -> Table:
     )
 
 
-def _layers(totals: Iterable[Figures]) -> Table:
+def _layers(every: Iterable[Figures]) -> Table:
     return Table(
         "layers",
         "Hit rate by layer",
         "Share of requested experts that were in memory; pinned layers hold all.",
-        ("run", "layer", "kept", "hit rate", "read"),
+        ("run", "class", "layer", "kept", "hit rate", "read"),
         tuple(
             (
                 one.series,
+                one.kind,
                 str(at.layer),
                 "pinned" if at.pinned else "slots",
                 percent(at.hit_rate),
                 size(at.bytes_read),
             )
-            for one in totals
+            for one in every
             for at in one.layers
         ),
-        (0, 2),
+        (0, 1, 3),
     )

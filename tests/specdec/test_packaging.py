@@ -66,6 +66,7 @@ def test_package_data_is_in_the_wheel(installed):
     assert (installed / "specdec/py.typed").is_file()
     for path in [*(ROOT / "kernels").rglob("*.metal"), *(ROOT / "kernels").rglob("*.h")]:
         assert (installed / "specdec" / path.relative_to(ROOT)).is_file()
+    assert (installed / "specdec/reports/page.html.jinja").is_file()
     demo = ROOT / "specdec/demo"
     for path in demo.rglob("*"):
         if path.is_file() and not path.name.startswith("."):

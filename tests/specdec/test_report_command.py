@@ -119,6 +119,11 @@ def test_all_formats_hold_the_same_figures(runs, page):
         for estimate, digits in ((one["speed"], 1), (one["experts"], 1), (one["misses"], 2)):
             told = f"{estimate['value']:.{digits}f}"
             assert all(told in form for form in (text, plain, words)), told
+        rates = [at["rate"] for at in (*one["depths"], *one["ranks"]) if at["rate"]["low"]]
+        for estimate, scale, digits in ((one["length"], 1, 2), *((at, 100, 1) for at in rates)):
+            ends = [scale * estimate[name] for name in ("value", "low", "high")]
+            told = "{0:.{3}f} ({1:.{3}f} to {2:.{3}f})".format(*ends, digits)
+            assert one["budget"] == 1 or all(told in form for form in (text, plain, words)), told
     for one in values["comparisons"]:
         ends = one["speed"]
         told = f"{ends['value']:.2f} ({ends['low']:.2f} to {ends['high']:.2f})"

@@ -90,7 +90,12 @@ def test_calibration_finds_drafts_that_are_too_sure_or_not_sure_enough(sure, err
     done = statistics.calibration([[drawn(rng, sure) for _ in range(400)] for _ in range(8)])
     assert done.error == pytest.approx(error, abs=0.035)
     assert done.bias == pytest.approx(bias, abs=0.03)
-    inside = [one.accepted.low <= one.predicted <= one.accepted.high for one in done.bins]
+    inside = []
+    for one in done.bins:
+        low, high = one.accepted.low, one.accepted.high
+        assert low is not None
+        assert high is not None
+        inside.append(low <= one.predicted <= high)
     assert (sum(inside) >= len(inside) - 1) == (sure == 1)
 
 
