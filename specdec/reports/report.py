@@ -77,13 +77,28 @@ def _warnings(report: Report) -> list[str]:
     words += _strangers(report)
     for one in report.comparisons:
         if not one.tokens_equal and one.kind == _total(report, one.series):
-            words.append(f"tokens DIFFER between {one.series} and {one.against}")
+            freed = [why for name, why in _freed(report) if name in (one.series, one.against)]
+            what = f"differ, as they may with {freed[0]}," if freed else "DIFFER"
+            words.append(f"tokens {what} between {one.series} and {one.against}")
         if _is_slower(one, report):
             words.append(
                 f"{one.series} ({one.kind}) was SLOWER than plain decoding: "
                 f"{told(one.speed)} times its speed"
             )
     return words
+
+
+def _freed(report: Report) -> list[tuple[str, str]]:
+    """Series whose tokens need not be those of other budgets, and the option that says so."""
+    found = []
+    for one in report.series:
+        first = one.runs[0]
+        file = next(file for file in report.files if any(run is first for run in file.runs))
+        if file.settings.get("accept") == "swor" and one.temperature and not one.plain:
+            found.append((one.name, "--accept swor"))
+        if file.settings.get("cache_tolerance"):
+            found.append((one.name, "--cache-tolerance"))
+    return found
 
 
 def _strangers(report: Report) -> list[str]:

@@ -25,9 +25,12 @@ def python(code, *arguments):
 
 
 HEAVY = {"mlx", "numpy", "scipy", "tokenizers", "jinja2", "huggingface_hub", "numba"}
+HEAVY |= {"matplotlib", "cattrs"}
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["generate", "--help"], ["bench", "-h"]])
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["generate", "--help"], ["bench", "-h"], ["report", "-h"]]
+)
 def test_help_imports_nothing_heavy(arguments):
     code = f"""
 import sys

@@ -4,6 +4,7 @@ import builtins
 import html.parser
 import json
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -192,6 +193,10 @@ def test_differing_tokens_and_machines_are_said_aloud(runs, tmp_path):
     assert "tokens DIFFER between budget 2, other and autoregressive, compared" in text
     assert "different processor" in text
     assert "DIFFER" in text.partition("Comparisons")[2]
+    other["settings"]["cache_tolerance"] = 0.1
+    path.write_text(json.dumps(other))
+    text = report(runs.compared, path, "--format", "text")
+    assert "tokens differ, as they may with --cache-tolerance, between budget 2, other" in text
 
 
 # --- where it goes
@@ -227,6 +232,22 @@ def test_text_formats_go_to_a_file_when_asked(runs, tmp_path):
         path = tmp_path / form
         assert report(runs.two, "--format", form, "-o", path) == ""
         assert path.read_text() == report(runs.two, "--format", form)
+
+
+def test_figures_as_text_need_no_engine_and_no_plots(runs):
+    code = f"""
+import sys
+from specdec.cli import main
+try:
+    main(["report", {str(runs.sweep)!r}, "--format", "json"])
+except SystemExit as end:
+    assert end.code == 0, end.code
+needless = {{"mlx", "numba", "tokenizers", "matplotlib", "jinja2"}} & set(sys.modules)
+needless |= {{"scipy.stats"}} & set(sys.modules)
+assert not needless, needless
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("content", ["", "{}", '{"schema": 1, "kind": "generate"}'])
