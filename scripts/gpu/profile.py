@@ -7,7 +7,6 @@ needed, and used for nothing else.
 """
 
 import argparse
-import sys
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
@@ -75,4 +74,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

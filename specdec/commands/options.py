@@ -170,8 +170,8 @@ def routing_options(command: Command) -> Command:
         click.option(
             "--warm",
             metavar="FILE",
-            help="Fill the slots with the experts that this hot set or routing log uses most; a log "
-            "also begins the routing table of --prefetch.",
+            help="Fill the slots with the experts that this hot set or routing log uses most; a "
+            "log also begins the routing table of --prefetch.",
         ),
         click.option(
             "--cache-tolerance",

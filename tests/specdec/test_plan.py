@@ -263,7 +263,7 @@ def test_the_plan_grows_with_what_is_asked(store: ExpertStore) -> None:
 
 
 def test_what_reading_takes_is_planned(store: ExpertStore) -> None:
-    ample = {"pin_layers": 1, "memory_bytes": AMPLE}
+    ample: Any = {"pin_layers": 1, "memory_bytes": AMPLE}
     without = make_plan(store, None, SIZES, **ample)
     streaming = Streaming(direct=True, queue_depth=16)
     plan = make_plan(store, None, SIZES, **ample, streaming=streaming)

@@ -165,7 +165,9 @@ def test_a_bench_tells_it_beside_its_tables(pair, tmp_path):
 def test_reads_ahead_that_fail_end_nothing(pair, tmp_path, monkeypatch, way):
     """Every third read ahead meets an error; tokens are the same, and the failures are told."""
     _, _, good = generated(pair, tmp_path, *FEW, "--prefetch", "off")
-    count, ahead, kept = [0], set(), []
+    count: list[int] = [0]
+    ahead: set[object] = set()
+    kept: list[object] = []
     original = read_queue.ReadQueue.submit
 
     def marked(self, several, idle):

@@ -257,7 +257,7 @@ def test_reads_ahead_are_those_of_the_cache(store, seed, slots, policy, chance):
     cache = ExpertCache(store, (), slots, mx.float32, Streaming(policy=policy, protect=protect))
     head = header(4, 8, 2, kinds=(0, 1, 0, 0))
     log = log_of(head, random, passes=1, rows=1)
-    admissions = {}
+    admissions: dict[int, Admission] = {}
     for group in groups(Trace.of(log), Setting(0, slots, policy, protect)):
         table = SlotTable(group.slots, 8, group.quotas, make_policy(policy, group.slots))
         admissions |= dict.fromkeys(group.layers, Admission(table, Instant(table)))
@@ -279,9 +279,9 @@ def test_reads_ahead_are_those_of_the_cache(store, seed, slots, policy, chance):
         used = random.permutation(ids)[: random.integers(0, len(ids) + 1)]
         cache.touch(layer, used)
         admissions[layer].table.touch(layer, used)
-        for each in range(4):
-            held = admissions[each].table.resident(each)
-            assert held.tolist() == cache.resident(each).tolist()
+        for one in range(4):
+            held = admissions[one].table.resident(one)
+            assert held.tolist() == cache.resident(one).tolist()
     found = cache.counters()
     unused = {id(one.table): one.table.unused for one in admissions.values()}
     each = [store.geometry(layer).bytes_on_disk for layer in range(4)]

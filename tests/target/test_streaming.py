@@ -59,7 +59,8 @@ def test_the_same_bits_however_experts_come(folder, backend, slots, way):
 @each_exact_backend
 def test_the_shared_expert_begins_while_experts_are_read(folder, backend, monkeypatch):
     """Also where none of them is there yet, and nothing else could be computed."""
-    real, under_way = checkpoint_module.read_at, []
+    real = checkpoint_module.read_at
+    under_way: list[int] = []
 
     def slow(*arguments):
         time.sleep(0.01)
