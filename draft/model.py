@@ -24,6 +24,7 @@ from specdec.draft.config import DraftConfig
 from specdec.draft.weights import DraftWeights, LayerWeights
 from specdec.errors import NonFiniteError
 from specdec.kernels.array import Array, Backend, finite_rows, is_numpy
+from specdec.kernels.attention import AttentionShape, attention_inputs
 from specdec.kernels.block_attention import block_attention
 from specdec.kernels.linear import embed, linear
 from specdec.kernels.norm import Norm, rms_norm, swiglu
@@ -128,8 +129,8 @@ class Draft:
             seen = self._seen(cache.start, config.windows[i], config.causal[i])
             x = self._attend(x, layer, cache, *seen)
             norm = Norm(layer.post_norm, config.rms_norm_eps)
-            h = swiglu(linear(x, layer.gate, norm), linear(x, layer.up, norm))
-            x = linear(h, layer.down, residual=x)
+            gate, up = layer.gate_up(x, norm)
+            x = linear(swiglu(gate.values, up.values), layer.down, residual=x)
             if probe and not finite_rows(x).all():
                 raise NonFiniteError(f"NaN or Inf first appears in layer {i} of the draft")
         return x[1:]
@@ -144,11 +145,10 @@ class Draft:
     ) -> Array:
         """x [block, hidden] plus its attention to the context and to the block itself."""
         config, position = self.config, self._length + self._shift
-        norm = Norm(layer.input_norm, config.rms_norm_eps)
-        queries = self._heads(linear(x, layer.q, norm), config.num_heads)
-        queries = rms_norm(queries, layer.q_norm, config.rms_norm_eps)
-        queries = self._rope(queries, self._positions(position, config.block_size))
-        keys, values = cache.with_block(*self._keys_values(layer, norm, x, position))
+        q, k, v = layer.qkv(x, Norm(layer.input_norm, config.rms_norm_eps))
+        turn = self._rope.rows(self._positions(position, config.block_size), x)
+        queries, keys, values = attention_inputs(q, k, v, self._shape(layer), *turn)
+        keys, values = cache.with_block(keys, values)
         scale = config.head_dim**-0.5
         attended = block_attention(queries, keys, values, first, last, scale)
         attended = attended.swapaxes(0, 1).reshape(x.shape[0], -1)
@@ -164,6 +164,11 @@ class Draft:
         keys = rms_norm(keys, layer.k_norm, config.rms_norm_eps)
         keys = self._rope(keys, self._positions(position, rows.shape[0]))
         return keys, self._heads(linear(rows, layer.v, norm), config.num_kv_heads)
+
+    def _shape(self, layer: LayerWeights) -> AttentionShape:
+        config, eps = self.config, self.config.rms_norm_eps
+        norms = Norm(layer.q_norm, eps), Norm(layer.k_norm, eps)
+        return AttentionShape(config.num_heads, config.num_kv_heads, config.head_dim, False, *norms)
 
     def _heads(self, rows: Array, heads: int) -> Array:
         """[n, heads * head_dim] -> [heads, n, head_dim]."""

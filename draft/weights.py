@@ -7,6 +7,7 @@ are not read. Any other tensor that is not part of a DFlash draft is refused by 
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Self
 
 import mlx.core as mx
@@ -15,6 +16,7 @@ from specdec.checkpoint import Checkpoint
 from specdec.draft.config import DraftConfig
 from specdec.errors import CheckpointError
 from specdec.kernels.array import Array, Backend
+from specdec.kernels.linear import Projections
 from specdec.kernels.weight import Weight
 
 _BORROWED = ("embed_tokens.", "lm_head.")
@@ -25,16 +27,26 @@ class LayerWeights:
     """One layer; norms are [hidden], q_norm and k_norm [head_dim]."""
 
     input_norm: Array
-    q: Weight  # [heads * head_dim, hidden]
-    k: Weight  # [kv_heads * head_dim, hidden]
-    v: Weight
+    qkv: Projections  # queries [heads * head_dim, hidden], keys, values [kv_heads * head_dim, ..]
     o: Weight  # [hidden, heads * head_dim]
     q_norm: Array
     k_norm: Array
     post_norm: Array
-    gate: Weight  # [intermediate, hidden]
-    up: Weight
+    gate_up: Projections  # both [intermediate, hidden]
     down: Weight  # [hidden, intermediate]
+
+    @classmethod
+    def of(cls, q: Weight, k: Weight, v: Weight, gate: Weight, up: Weight, **others: Any) -> Self:
+        """From a layer's tensors, each by itself."""
+        return cls(qkv=Projections([q, k, v]), gate_up=Projections([gate, up]), **others)
+
+    @cached_property
+    def k(self) -> Weight:
+        return self.qkv.weight(1)
+
+    @cached_property
+    def v(self) -> Weight:
+        return self.qkv.weight(2)
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,7 +67,7 @@ class DraftWeights:
         files = _Files(checkpoint, config)
         files.check()
         layers = tuple(
-            LayerWeights(**files.read(_layer(config), backend, f"layers.{i}."))
+            LayerWeights.of(**files.read(_layer(config), backend, f"layers.{i}."))
             for i in range(config.num_layers)
         )
         return cls(**files.read(_top(config), backend), layers=layers)

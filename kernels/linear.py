@@ -80,6 +80,11 @@ class Projections:
         outputs = [linear(x, matrix, norm) for matrix in self.matrices]
         return [Piece(outputs[matrix], start, width) for matrix, start, width in self._places]
 
+    def weight(self, index: int) -> Weight:
+        """One of the projections by itself: a view of the matrix it is part of."""
+        matrix, start, width = self._places[index]
+        return self.matrices[matrix].part(start, start + width)
+
 
 @operation(decides=1)
 def embed(ids: Array, weight: Weight) -> Array:

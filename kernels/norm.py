@@ -1,7 +1,7 @@
 """Normalizations over the last axis, each row by itself."""
 
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache
 
 import mlx.core as mx
 
@@ -21,10 +21,15 @@ class Norm:
     def __call__(self, x: Array) -> Array:
         return rms_norm(x, self.weight, self.eps)
 
-    @cached_property
+    @property
     def on_device(self) -> mx.array:
         """eps for GPU kernels, the first element of a float32 array."""
-        return resident([self.eps], mx.float32)
+        return _resident_eps(self.eps)
+
+
+@cache
+def _resident_eps(eps: float) -> mx.array:
+    return resident([eps], mx.float32)
 
 
 def rms_norm(x: Array, weight: Array | None, eps: float) -> Array:

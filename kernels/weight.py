@@ -65,6 +65,11 @@ class Weight:
             quantization.group_size,
         )
 
+    def part(self, start: int, stop: int) -> Self:
+        """Output features start to stop - 1, in the same memory."""
+        data, scales, biases = (None if a is None else a[start:stop] for a in self.arrays)
+        return type(self)(data, scales, biases, self.bits, self.group_size)
+
     def rows(self, index: np.ndarray) -> "Weight":
         """The output features of a matrix in another order; exact, for packing is along a row."""
         return self._each(lambda array: array[index if is_numpy(array) else mx.array(index)])

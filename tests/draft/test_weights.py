@@ -33,7 +33,7 @@ def arrays(weights: DraftWeights) -> list[mx.array]:
     parts = [weights.fc]
     for layer in weights.layers:
         found += [layer.input_norm, layer.q_norm, layer.k_norm, layer.post_norm]
-        parts += [layer.q, layer.k, layer.v, layer.o, layer.gate, layer.up, layer.down]
+        parts += [*layer.qkv.matrices, layer.o, *layer.gate_up.matrices, layer.down]
     for part in parts:
         found += [a for a in (part.data, part.scales, part.biases) if a is not None]
     return found
@@ -50,14 +50,14 @@ def test_every_tensor_arrives_in_its_place(tmp_path, prefix):
         (weights.norm, "norm"),
         (layer.input_norm, "layers.1.input_layernorm"),
         (layer.post_norm, "layers.1.post_attention_layernorm"),
-        (layer.q.data, "layers.1.self_attn.q_proj"),
+        (layer.qkv.weight(0).data, "layers.1.self_attn.q_proj"),
         (layer.k.data, "layers.1.self_attn.k_proj"),
         (layer.v.data, "layers.1.self_attn.v_proj"),
         (layer.o.data, "layers.1.self_attn.o_proj"),
         (layer.q_norm, "layers.1.self_attn.q_norm"),
         (layer.k_norm, "layers.1.self_attn.k_norm"),
-        (layer.gate.data, "layers.1.mlp.gate_proj"),
-        (layer.up.data, "layers.1.mlp.up_proj"),
+        (layer.gate_up.weight(0).data, "layers.1.mlp.gate_proj"),
+        (layer.gate_up.weight(1).data, "layers.1.mlp.up_proj"),
         (layer.down.data, "layers.1.mlp.down_proj"),
     ):
         np.testing.assert_array_equal(np.array(ours), tensors[f"{name}.weight"])
