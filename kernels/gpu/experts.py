@@ -13,6 +13,7 @@ import mlx.core as mx
 from specdec.kernels.experts import ExpertWeights, SharedExpert
 from specdec.kernels.gpu.kernel import Launch, MetalKernel
 from specdec.kernels.gpu.limits import GROUPS, MAX_ROWS, PACKED, Unsupported
+from specdec.kernels.gpu.resident import resident
 from specdec.kernels.linear import Piece
 from specdec.kernels.norm import Norm
 from specdec.kernels.routing import Routing
@@ -91,9 +92,15 @@ def shared_hidden(x: mx.array, norm: Norm, shared: SharedExpert) -> mx.array:
     launch, _ = _launches(x.shape, x.dtype, norm.weight.dtype, 1, 0, *formats, False)
     assert launch is not None
     gates, ups, _ = _arrays(shared)
-    absent = (x, x, x)
-    _, hidden = launch(x, norm.weight, norm.on_device, *absent, *absent, *gates, *ups, *absent)
+    absent, no_numbers = (x, x, x), (_numbers(),) * 3
+    _, hidden = launch(x, norm.weight, norm.on_device, *absent, *absent, *gates, *ups, *no_numbers)
     return hidden
+
+
+@cache
+def _numbers() -> mx.array:
+    """In the place of indexes that are not used; CUDA compiles what is done with them."""
+    return resident([], mx.int32)
 
 
 def combine(

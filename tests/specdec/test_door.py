@@ -64,6 +64,7 @@ def enter(pair: Pair) -> None:
     options = {"model": str(pair.target), "draft": str(pair.draft), "prefill_chunk": 256}
     options |= dict.fromkeys(("pin_layers", "cache_slots", "memory_gb"))
     options |= {"io": "buffered", "queue_depth": 8, "policy": "lru", "protect": (6, 3)}
+    options |= {"prefetch": "auto", "prefetch_mb": None}
     tokenizer, _ = door(options)
     assert all(type(token) is int for token in tokenizer.eos_ids)
     if tokenizer.has_template:

@@ -73,8 +73,8 @@ def test_no_token_depends_on_it_under_a_memory_cap(pair, tmp_path, eager):
     """What prefetching takes is part of the plan."""
     tokens = set()
     for way in WAYS:
-        _, document, one = generated(pair, tmp_path, *FEW, "--memory-gb", "0.8", "--prefetch", way)
-        assert document["plan"]["total"] <= document["plan"]["cap"] == 800_000_000
+        _, document, one = generated(pair, tmp_path, *FEW, "--memory-gb", "4", "--prefetch", way)
+        assert document["plan"]["total"] <= document["plan"]["cap"] == 4_000_000_000
         names = {part["name"] for part in document["plan"]["parts"]}
         assert ("routing table" in names) == (way in ("draft", "auto"))
         tokens.add(tuple(one["tokens"]))

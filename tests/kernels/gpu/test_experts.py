@@ -16,6 +16,7 @@ from specdec.kernels.gpu.experts import (
     feed_forward,
     shared_hidden,
 )
+from specdec.kernels.gpu.kernel import Launch
 from specdec.kernels.gpu.limits import Unsupported
 from specdec.kernels.linear import Piece
 from specdec.kernels.norm import Norm
@@ -304,3 +305,29 @@ def test_kernels_compile_for_cuda(rows, tmp_path):
         words = (done.stdout + done.stderr).split()
         assert int(words[words.index("registers,") - 1]) <= most
         assert "0 bytes spill stores" in done.stdout + done.stderr
+
+
+@pytest.mark.skipif(NVCC is None, reason="nvcc is not installed")
+def test_the_launches_of_waves_compile_for_cuda(tmp_path, monkeypatch):
+    """With the types of the very arrays that stand in the places of what is not used."""
+    made = Layer.random(dtype=mx.bfloat16, packing=None, shared=(4, 32))
+    x, experts, weights, gate = made.inputs(1, 3)
+    routing, sources = made.routing(experts, weights), []
+
+    def record(self, *inputs):
+        dtypes = [array.dtype for array in inputs]
+        text = cuda_source(self.kernel, dtypes, self.output_dtypes, dict(self.template))
+        sources.append(text)
+        return [mx.zeros(s, d) for s, d in zip(self.output_shapes, self.output_dtypes, strict=True)]
+
+    monkeypatch.setattr(Launch, "__call__", record)
+    apart = experts_apart(x, made.norm, made.bank, routing, made.table)
+    hidden = shared_hidden(x, made.norm, made.shared)
+    combine(x, apart, routing, made.shared, hidden, Piece(gate, 3, 1))
+    assert len(sources) == 4
+    for at, text in enumerate(sources):
+        source = tmp_path / f"{at}.cu"
+        source.write_text(text)
+        flags = ["-arch=sm_90", "-std=c++17", "-cubin", "-o", str(tmp_path / "kernel.cubin")]
+        done = subprocess.run([str(NVCC), *flags, str(source)], capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
