@@ -192,7 +192,7 @@ def _budget(engine: Engine, request: Request) -> Budget:
     if request.budget != "auto":
         return Fixed(request.budget)
     most = engine.max_budget
-    nodes = request.max_budget or min(AUTO_NODES, AUTO_NODES if most is None else most)
+    nodes = request.max_budget or (AUTO_NODES if most is None else min(AUTO_NODES, most))
     if engine.draft is None or nodes < 2:
         return Fixed(1)
     auto = engine.auto(nodes)

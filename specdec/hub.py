@@ -32,12 +32,13 @@ def resolve(model: str) -> Path:
     Raises CheckpointError when there is no such folder or repository, or no way to reach it.
     """
     path = Path(os.path.expanduser(model))  # leaves an unknown user's ~name as it is
-    if model and path.is_dir():
+    # Of os.path: a path that may not be looked at, or cannot be, is no folder.
+    if model and os.path.isdir(path):
         return path
-    if path.is_file():
+    if os.path.isfile(path):
         raise CheckpointError(f"{model}: is a file; expected the folder that holds config.json")
     # "models/name" beside a folder "models" is a mistyped path, not somebody's repository.
-    if not _REPOSITORY.fullmatch(model) or path.parent.is_dir():
+    if not _REPOSITORY.fullmatch(model) or os.path.isdir(path.parent):
         raise CheckpointError(
             f"{model}: no such folder (and not a repository id of the form owner/name)"
         )

@@ -47,9 +47,11 @@ class JsonFile:
         if self._path is None:
             return self
         self._draft = self._path.with_name(f".{self._path.name}.{os.getpid()}.part")
-        if self._path.exists() and not self._path.is_file():
+        # Of os.path: what may not be looked at counts as absent, and cannot be written either.
+        there = os.path.exists(self._path)
+        if there and not self._path.is_file():
             raise SpecdecError(f"--json {self._path}: exists and is not a file")
-        if self._path.exists() and not os.access(self._path, os.W_OK):
+        if there and not os.access(self._path, os.W_OK):
             raise SpecdecError(f"--json {self._path}: exists and may not be written")
         try:
             self._draft.touch()

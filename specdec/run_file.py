@@ -6,10 +6,11 @@ fewer runs and says that it is partial.
 """
 
 import json
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from specdec import rounds_record
 from specdec.errors import RunFileError
@@ -111,7 +112,8 @@ def read(path: Path) -> RunFile:
 
 def _document(path: Path) -> dict[str, Any]:
     try:
-        value = json.loads(path.read_text(encoding="utf-8"), parse_constant=_no_number)
+        text = path.read_text(encoding="utf-8")
+        value = json.loads(text, parse_constant=_no_number, parse_float=_finite)
     except OSError as error:
         raise RunFileError(f"{path}: cannot be read: {error.strerror or error}") from error
     except RecursionError as error:
@@ -142,8 +144,14 @@ def _token(value: Any) -> str | list[int]:
     return value if isinstance(value, str) else list(bytes([*value]))
 
 
-def _no_number(name: str) -> None:
+def _no_number(name: str) -> NoReturn:
     raise ValueError(f"{name} is no number of JSON")
+
+
+def _finite(number: str) -> float:
+    """ValueError for a number beyond all floats, which would be read as infinity."""
+    value = float(number)
+    return value if math.isfinite(value) else _no_number(number)
 
 
 def _generated(document: Mapping[str, Any]) -> Iterator[RecordedRun]:

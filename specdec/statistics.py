@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import zip_longest
 
 from specdec.intervals import NOTHING, Clusters, Estimate, Sums, per_prompt, pooled, share
 from specdec.round import Round
@@ -208,9 +209,21 @@ def costs(prompts: Prompts) -> tuple[Cost, ...]:
     return tuple(Cost(rows, len(times[rows]), *_quartiles(times[rows])) for rows in sorted(times))
 
 
-def per_round(prompts: Prompts, count: Callable[[Round], float]) -> Estimate:
-    """The mean over all rounds of a count, which is never below 0."""
-    clusters = _clusters(prompts, lambda one: (count(one), 1))
+def per_round(prompts: Sequence[Prompts], count: Callable[[Round], float]) -> Estimate:
+    """The mean over all rounds of a count, which is never below 0.
+
+    prompts: per prompt all its repeats. They make one prompt, and not several: what the n-th rounds
+    of the repeats add is taken together.
+    """
+    clusters = Clusters.of(
+        [
+            [
+                (sum(count(one) for one in same if one is not None), len(same) - same.count(None))
+                for same in zip_longest(*repeats)
+            ]
+            for repeats in prompts
+        ]
+    )
     return _least(0.0, pooled(clusters)) if clusters.sums else NOTHING
 
 

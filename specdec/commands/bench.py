@@ -87,7 +87,7 @@ def bench(**options: Any) -> None:
     """
     _check(options)
     console = Console(options["quiet"])
-    largest = planned(options["budgets"], options["max_budget"])
+    largest = planned(options["budgets"], options["max_budget"], console)
     chosen = sampling({**options, "temp": max(options["temps"])}, console, largest)
 
     from specdec import bench_resume, record

@@ -24,7 +24,7 @@ from specdec.prompts import Prompt, read_prompts
 from specdec.sampling import Sampling
 from specdec.target.config import TargetConfig
 from specdec.tokenizer import Tokenizer
-from specdec.units import size
+from specdec.units import number, size
 
 Options = Mapping[str, Any]
 Tokens = Mapping[tuple[str, int | None], tuple[int, ...]]
@@ -159,5 +159,5 @@ def line(so_far: Sweep, one: Run | PeerRun) -> str:
     task = one.cell.task if isinstance(one, Run) else one.task
     return (
         f"repeat {one.repeat + 1}/{so_far.grid.repeats}  {so_far.label(task)}  {who}: "
-        f"{speed.decode_tokens_per_second or 0.0:.1f} tok/s"
+        f"{number(speed.decode_tokens_per_second)} tok/s"
     )

@@ -4,7 +4,9 @@ from collections.abc import Callable
 from typing import Any, Literal, TypeVar
 
 import click
+from click.core import ParameterSource
 
+from specdec.commands.console import Console
 from specdec.commands.options import MAX_BUDGET
 
 AUTO_NODES = 16  # specdec.auto_budget.AUTO_NODES, without importing NumPy
@@ -41,6 +43,9 @@ def max_budget_option(command: Command) -> Command:
     )(command)
 
 
-def planned(budgets: "tuple[Budget, ...]", max_budget: int) -> int:
-    """The largest tree that memory has to be planned for."""
+def planned(budgets: "tuple[Budget, ...]", max_budget: int, console: Console) -> int:
+    """The largest tree that memory has to be planned for. A --max-budget in vain is said so."""
+    source = click.get_current_context().get_parameter_source("max_budget")
+    if source is ParameterSource.COMMANDLINE and "auto" not in budgets:
+        console.note("note: --max-budget without effect: it limits --budget auto alone")
     return max(max_budget if budget == "auto" else budget for budget in budgets)

@@ -71,7 +71,7 @@ def generate(**options: Any) -> None:
     console = Console(options["quiet"])
     prompt = _prompt(options)
     budget = _budget(options, console)
-    largest = planned((budget,), options["max_budget"])
+    largest = planned((budget,), options["max_budget"], console)
     chosen = sampling(options, console, largest)
 
     from specdec import record

@@ -44,12 +44,10 @@ def report(runs: tuple[str, ...], form: str, output: str | None, force: bool, qu
     place = _place(runs[0], form, output)
     _check(place, runs, force)
 
-    from specdec.reports import formats
     from specdec.reports.report import Report
     from specdec.run_file import read
 
-    done = Report.of([read(Path(name)) for name in runs])
-    text = _renderer(form, formats.text, formats.markdown, formats.as_json)(done)
+    text = _renderer(form)(Report.of([read(Path(name)) for name in runs]))
     if place is None:
         emit(text)
         return
@@ -62,7 +60,11 @@ def _place(first: str, form: str, output: str | None) -> Path | None:
     """The file to write, None for standard output."""
     if output is not None:
         return None if output == "-" else Path(output)
-    return Path(first).with_suffix(".html") if form == "html" else None
+    if form != "html":
+        return None
+    if not Path(first).name:
+        raise RunFileError(f"{first or repr(first)}: is no file, expected what a run wrote")
+    return Path(first).with_suffix(".html")
 
 
 def _check(place: Path | None, runs: tuple[str, ...], force: bool) -> None:
@@ -72,19 +74,23 @@ def _check(place: Path | None, runs: tuple[str, ...], force: bool) -> None:
         raise RunFileError(f"{doubled}: named twice")
     if place is None:
         return
-    if any(os.path.exists(name) and place.exists() and place.samefile(name) for name in runs):
+    # Of os.path: what may not be looked at is not there, and cannot be written either.
+    there = os.path.exists(place)
+    if there and any(os.path.exists(name) and os.path.samefile(place, name) for name in runs):
         raise RunFileError(f"--output {place}: is one of the runs")
-    if place.exists() and not place.is_file():
+    if there and not place.is_file():
         raise RunFileError(f"--output {place}: exists and is not a file")
-    if place.exists() and not force:
+    if there and not force:
         raise RunFileError(f"{place}: exists; --force replaces it, --output FILE names another")
-    if not place.parent.is_dir():
+    if not os.path.isdir(place.parent):
         raise RunFileError(f"--output {place}: {place.parent} is no folder")
 
 
-def _renderer(form: str, *plain: "Callable[[Report], str]") -> "Callable[[Report], str]":
+def _renderer(form: str) -> "Callable[[Report], str]":
     if form == "html":
         from specdec.reports.page import page
 
         return page
-    return dict(zip(FORMATS[1:], plain, strict=True))[form]
+    from specdec.reports import formats
+
+    return {"text": formats.text, "md": formats.markdown, "json": formats.as_json}[form]

@@ -67,6 +67,7 @@ def figures(of: Series, kind: str) -> Figures:
     first, every = part.first_rounds, part.all_rounds
     each = [run.metrics for run in part.runs]
     prompts = list(part.by_prompt.values())
+    repeats = [[run.rounds for run in runs] for runs in prompts]
     drafted = sum(one.tree.rows - 1 for rounds in first for one in rounds)
     accepted = sum(one.accepted for rounds in first for one in rounds)
     rounds = sum(map(len, every))
@@ -92,9 +93,9 @@ def figures(of: Series, kind: str) -> Figures:
         chosen=stats.chosen(every),
         phases=_phases(part.runs),
         costs=stats.costs(every),
-        experts=stats.per_round(every, lambda one: one.experts),
-        misses=stats.per_round(every, lambda one: one.misses),
-        stall=stats.per_round(every, lambda one: 1000 * one.stall),
+        experts=stats.per_round(repeats, lambda one: one.experts),
+        misses=stats.per_round(repeats, lambda one: one.misses),
+        stall=stats.per_round(repeats, lambda one: 1000 * one.stall),
         hit_rate=ratio(
             sum(one.experts.hits + one.experts.pinned_requests for one in each),
             asked + sum(one.experts.pinned_requests for one in each),

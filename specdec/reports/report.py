@@ -31,7 +31,8 @@ class Report:
     @cached_property
     def totals(self) -> tuple[Figures, ...]:
         """Of every series, all classes together."""
-        return tuple(figures(one, one.kinds[-1]) for one in self.series)
+        whole = {(one.name, one.kinds[-1]) for one in self.series}
+        return tuple(one for one in self.figures if (one.series, one.kind) in whole)
 
     @cached_property
     def comparisons(self) -> tuple[Comparison, ...]:

@@ -4,12 +4,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+from specdec.prompts import ALL
 from specdec.round import Round
 from specdec.run_file import RecordedRun, RunFile
-
-ALL = "all"
-"""The class that holds every prompt."""
-
 
 @dataclass(frozen=True)
 class Series:

@@ -40,8 +40,11 @@ def test_the_options_reach_the_engine(pair, tmp_path, monkeypatch):
         assert list(document["runs"]) == ["speculative"]
         (one,) = document["runs"].values()
         assert all(len(round["tokens"]) <= nodes + 1 for round in one["rounds"])
-    recorded(tmp_path, *arguments[:-1], "3", "--max-budget", "9")
+    done, _ = recorded(tmp_path, *arguments[:-1], "3", "--max-budget", "9", "-q")
     assert (seen["settings"].budget, seen["request"].budget) == (3, 3)
+    assert done.stderr == "note: --max-budget without effect: it limits --budget auto alone\n"
+    done, _ = recorded(tmp_path, *arguments, "--max-budget", "9", "-q")
+    assert "--max-budget" not in done.stderr
 
 
 @pytest.mark.parametrize("options", [(), ("--temp", "0.9", "--seed", "5")], ids=["greedy", "warm"])

@@ -116,6 +116,7 @@ def edited(path, runs, change):
         ("{", "not JSON"),
         ("[" * 100_000, "not JSON"),
         ('{"schema": 2, "kind": "generate", "rate": NaN}', "not JSON: NaN"),
+        ('{"schema": 2, "kind": "generate", "rate": -1e999}', "not JSON: -1e999"),
         ("[]", "no run of specdec, expected what `specdec generate --json`"),
         ('{"schema": 2}', "no run of specdec"),
         ('{"schema": 1, "kind": "report"}', "kind 'report', expected what"),

@@ -120,10 +120,32 @@ def test_plain_decoding_has_lengths_and_nothing_else():
 
 
 def test_counts_per_round_are_never_below_nothing():
-    rounds = [[plain()] * 9 + [bushy([0])]]
-    found = statistics.per_round(rounds, lambda one: one.tree.rows - 1)
+    rounds = [plain()] * 9 + [bushy([0])]
+    found = statistics.per_round([[rounds]], lambda one: one.tree.rows - 1)
     assert found.value == pytest.approx(0.4)
     assert found.low == 0
+
+
+@pytest.mark.parametrize("many", [1, 2, 7], ids="{} prompts".format)
+def test_repeats_make_no_count_surer(many):
+    """A repeat that asks for the same experts tells nothing new, however few prompts there are."""
+    rounds = [plain(), plain(), bushy([0])] * 5
+    prompts = [rounds[at:] for at in range(many)]
+
+    def counted(repeats):
+        runs = [[one] * repeats for one in prompts]
+        return statistics.per_round(runs, lambda one: one.tree.rows)
+
+    once, thrice = counted(1), counted(3)
+    assert (thrice.unit, thrice.count) == (once.unit, once.count)
+    for name in ("value", "low", "high"):
+        assert getattr(thrice, name) == pytest.approx(getattr(once, name))
+    assert once.low < once.value < once.high
+
+
+def test_a_repeat_that_was_cut_off_counts_as_far_as_it_came():
+    found = statistics.per_round([[[plain(), bushy([0])], [plain()]]], lambda one: one.tree.rows)
+    assert found.value == pytest.approx((1 + 5 + 1) / 3)
 
 
 @settings(deadline=None)
