@@ -1,6 +1,6 @@
 """Samples: the text of a run with every token's origin, and some of its rounds as drawn trees."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import exp
 
@@ -99,7 +99,7 @@ def _sample(file: RunFile, run: RecordedRun, several: bool) -> Sample:
     vocabulary = file.vocabulary
     marks = tuple(_marks(run, vocabulary))
     drawings = tuple(
-        _drawing(run.rounds[at], f"round {at + 1} of {len(run.rounds)}", vocabulary)
+        drawing(run.rounds[at], f"round {at + 1} of {len(run.rounds)}", vocabulary)
         for at in _telling(run.rounds)
     )
     cut = len(run.tokens) - len(marks)
@@ -135,50 +135,63 @@ def _telling(rounds: tuple[Round, ...]) -> list[int]:
     return sorted(by_length[length] for length in lengths)
 
 
-def _drawing(one: Round, name: str, vocabulary: Vocabulary) -> Drawing:
-    """Depth goes to the right; a node's likeliest child, or the accepted one, stays on its row."""
-    tree, accepted = one.tree, set(one.path)
-    children: list[list[int]] = [[] for _ in range(tree.rows)]
-    for row in range(1, tree.rows):
-        children[tree.parents[row]].append(row)
-    tokens, bonus = [*tree.tokens.tolist(), one.bonus], tree.rows
+def drawing(one: Round, name: str, vocabulary: Vocabulary) -> Drawing:
+    """Depth goes to the right; the bonus token is drawn as one row more."""
+    tree = one.tree
     parents = [*tree.parents.tolist(), one.path[-1]]
     depths = [*tree.depths.tolist(), len(one.path)]
-    children.append([])
-    children[one.path[-1]].insert(0, bonus)
-    texts = [_label(vocabulary, token) for token in tokens]
+    texts = [_label(vocabulary, token) for token in (*tree.tokens.tolist(), one.bonus)]
     widths = [CHARACTER * len(text) + 14 for text in texts]
-    columns = [
-        max(widths[row] for row in range(bonus + 1) if depths[row] == depth)
-        for depth in range(max(depths) + 1)
-    ]
-    left = [sum(columns[:depth]) + GAP * depth + 2 for depth in range(len(columns) + 1)]
-    rows, lane, stack = [0] * (bonus + 1), -1, [(0, True)]
-    order = []
-    while stack:
-        row, first = stack.pop()
-        lane += not first or row == 0
-        rows[row] = lane if not first or row == 0 else rows[parents[row]]
-        order.append(row)
-        below = sorted(children[row], key=lambda at: (at != bonus, at not in accepted))
-        stack += [(at, place == 0) for place, at in reversed(list(enumerate(below)))]
+    left, lanes = _columns(depths, widths), _lanes(one, parents)
     boxes = []
-    for row in order:
-        x, y, link = left[depths[row]], rows[row] * ROW + ROW / 2, ""
+    for row, lane in lanes.items():
+        x, y, link = left[depths[row]], lane * ROW + ROW / 2, ""
         if row:
             above = parents[row]
-            x0, y0 = left[depths[above]] + widths[above], rows[above] * ROW + ROW / 2
-            bend = x - GAP / 2
-            link = f"M{x0:.0f} {y0:.0f}H{bend:.0f}V{y:.0f}H{x:.0f}"
-        role, words = BONUS, "bonus: the target's own next token"
-        if row == 0:
-            role, words = ROOT, "root: the last bonus token"
-        elif row != bonus:
-            role = ACCEPTED if row in accepted else REJECTED
-            words = f"{role}, path weight {exp(tree.log_weights[row]):.3f}"
-        boxes.append(Box(texts[row], role, words, x, y, widths[row], link))
+            x0, y0 = left[depths[above]] + widths[above], lanes[above] * ROW + ROW / 2
+            link = f"M{x0:.0f} {y0:.0f}H{x - GAP / 2:.0f}V{y:.0f}H{x:.0f}"
+        boxes.append(Box(texts[row], *_role(one, row), x, y, widths[row], link))
     title = f"{name}: {one.accepted} of {tree.rows - 1} accepted, {_milliseconds(one)}"
-    return Drawing(title, tuple(boxes), left[-1] - GAP + 4, (lane + 1) * ROW)
+    height = (max(lanes.values()) + 1) * ROW
+    return Drawing(title, tuple(boxes), left[-1] - GAP + 4, height)
+
+
+def _columns(depths: Sequence[int], widths: Sequence[float]) -> list[float]:
+    """Where the column of each depth begins, as wide as its widest node, and one more would."""
+    left = [2.0]
+    for depth in range(max(depths) + 1):
+        wide = max(width for at, width in zip(depths, widths, strict=True) if at == depth)
+        left.append(left[-1] + wide + GAP)
+    return left
+
+
+def _lanes(one: Round, parents: Sequence[int]) -> dict[int, int]:
+    """Per row, from the root down, the lane it is drawn in. A node's first child stays in its lane:
+    the bonus token, else the accepted child, else the likeliest."""
+    bonus, accepted = one.tree.rows, set(one.path)
+    children: list[list[int]] = [[] for _ in parents]
+    for row, parent in enumerate(parents[1:], 1):
+        children[parent].append(row)
+    lanes: dict[int, int] = {}
+
+    def place(row: int, lane: int) -> None:
+        lanes[row] = lane
+        below = sorted(children[row], key=lambda at: (at != bonus, at not in accepted))
+        for at, child in enumerate(below):
+            place(child, max(lanes.values()) + 1 if at else lane)
+
+    place(0, 0)
+    return lanes
+
+
+def _role(one: Round, row: int) -> tuple[str, str]:
+    """What a row is, and its tooltip."""
+    if row == 0:
+        return ROOT, "root: the last bonus token"
+    if row == one.tree.rows:
+        return BONUS, "bonus: the target's own next token"
+    role = ACCEPTED if row in one.path else REJECTED
+    return role, f"{role}, path weight {exp(one.tree.log_weights[row]):.3f}"
 
 
 def _label(vocabulary: Vocabulary, token: int) -> str:
