@@ -81,9 +81,10 @@ def verdict(comparison: Comparison) -> list[str]:
             ends = interval(comparison.speedup_low, comparison.speedup_high)
             lines[0] += f", 95 % interval {ends} over blocks of this text"
         if speedup < 1:
+            even = comparison.speedup_high is not None and comparison.speedup_high >= 1
             lines.append(
-                f"            Speculation was SLOWER than plain decoding here: {speedup:.2f} times "
-                "its speed. A smaller --budget may help."
+                f"            Speculation was {'no faster' if even else 'SLOWER'} than plain "
+                f"decoding here: {speedup:.2f} times its speed. A smaller --budget may help."
             )
     run = comparison.speculative
     if not comparison.equal and run.substitutions is not None:

@@ -82,9 +82,10 @@ def _warnings(report: Report) -> list[str]:
             what = f"differ, as they may with {freed[0]}," if freed else "DIFFER"
             words.append(f"tokens {what} between {one.series} and {one.against}")
         if _is_slower(one, report):
+            even = one.speed.high is not None and one.speed.high >= 1
             words.append(
-                f"{one.series} ({one.kind}) was SLOWER than plain decoding: "
-                f"{told(one.speed)} times its speed"
+                f"{one.series} ({one.kind}) was {'no faster' if even else 'SLOWER'} than plain "
+                f"decoding: {told(one.speed)} times its speed"
             )
     return words
 

@@ -71,6 +71,10 @@ def test_slower_and_different_are_said_aloud():
     text = side_by_side(compare(plain, slow), MEMORY)
     assert "SLOWER than plain decoding here: 0.50 times" in text
     assert "DIFFER from position 3 on" in text
+    even = replace(compare(plain, slow), speedup=0.98, speedup_low=0.9, speedup_high=1.1)
+    text = side_by_side(even, MEMORY)
+    assert "no faster than plain decoding here: 0.98 times" in text
+    assert "SLOWER" not in text
 
 
 def test_an_overrun_plan_is_said_aloud():

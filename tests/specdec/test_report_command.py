@@ -199,6 +199,19 @@ def test_differing_tokens_and_machines_are_said_aloud(runs, tmp_path):
     assert "tokens differ, as they may with --cache-tolerance, between budget 2, other" in text
 
 
+def test_slower_is_said_aloud_as_far_as_it_is_known(runs, tmp_path):
+    path = tmp_path / "slow.json"
+    for factor, words in ((0.999, "was no faster than"), (0.2, "was SLOWER than"), (3, None)):
+        slow = json.loads(runs.compared.read_text())
+        plain, fast = (slow["runs"][name]["metrics"] for name in ("autoregressive", "speculative"))
+        speed = factor * plain["decode_tokens_per_second"]
+        fast["decode_tokens_per_second"] = speed
+        path.write_text(json.dumps(slow))
+        said = [one for one in document(path)["warnings"] if "plain decoding" in one]
+        assert len(said) == (words is not None)
+        assert all(f"budget 4 (prompt) {words} plain decoding: {factor:.2f}" in one for one in said)
+
+
 # --- where it goes
 
 
@@ -225,6 +238,13 @@ def test_a_run_is_never_overwritten(runs, tmp_path):
     assert fails(run("report", path, path), "named twice")
     assert fails(run("report", path, "-o", tmp_path), "exists and is not a file")
     assert fails(run("report", path, "-o", tmp_path / "no" / "page.html"), "is no folder")
+    assert fails(run("report", path, "-o", tmp_path / ("x" * 300)), "File name too long")
+
+
+@pytest.mark.parametrize("name", ["", ".", "/"])
+def test_what_has_no_name_is_no_run(name):
+    assert fails(run("report", name), "is no file")
+    assert fails(run("report", name, "--format", "text"), "Is a directory")
 
 
 def test_text_formats_go_to_a_file_when_asked(runs, tmp_path):
