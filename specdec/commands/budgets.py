@@ -1,18 +1,15 @@
 """--budget and --max-budget: a number of tree nodes, or "auto"."""
 
-from collections.abc import Callable
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import click
 from click.core import ParameterSource
 
 from specdec.commands.console import Console
-from specdec.commands.options import MAX_BUDGET
+from specdec.commands.options import MAX_BUDGET, Command
 
 AUTO_NODES = 16  # specdec.auto_budget.AUTO_NODES, without importing NumPy
 Budget = int | Literal["auto"]
-
-Command = TypeVar("Command", bound=Callable[..., Any])
 
 
 class NodesOrAuto(click.ParamType):
@@ -43,7 +40,7 @@ def max_budget_option(command: Command) -> Command:
     )(command)
 
 
-def planned(budgets: "tuple[Budget, ...]", max_budget: int, console: Console) -> int:
+def planned(budgets: tuple[Budget, ...], max_budget: int, console: Console) -> int:
     """The largest tree that memory has to be planned for. A --max-budget in vain is said so."""
     source = click.get_current_context().get_parameter_source("max_budget")
     if source is ParameterSource.COMMANDLINE and "auto" not in budgets:

@@ -8,6 +8,7 @@ from specdec.prompts import ALL
 from specdec.round import Round
 from specdec.run_file import RecordedRun, RunFile
 
+
 @dataclass(frozen=True)
 class Series:
     """Runs that differ in prompt and repeat alone.

@@ -71,6 +71,7 @@ def test_a_folder_is_taken_as_it_is(tmp_path, hub):
         "x/",
         "",
         "~nobody-here/x",
+        "x" * 300,  # no name of a file can be so long
     ],
 )
 def test_a_missing_path_never_reaches_the_network(tmp_path, monkeypatch, hub, model):

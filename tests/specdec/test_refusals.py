@@ -45,6 +45,7 @@ def test_an_empty_or_long_prompt_is_refused_before_loading(pair, monkeypatch):
 def test_an_unwritable_json_path_is_found_before_loading(pair, tmp_path, monkeypatch):
     monkeypatch.setattr("specdec.load.load", lambda *a, **k: pytest.fail("loaded"))
     assert fails(generate(pair, "--json", tmp_path / "no" / "run.json"), "--json", "run.json")
+    assert fails(generate(pair, "--json", tmp_path / ("x" * 300)), "--json", "File name too long")
 
 
 def test_a_missing_tokenizer_is_named(copy):
