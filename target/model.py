@@ -150,6 +150,7 @@ class Target:
         nothing.
         """
         assert len(tokens) > 0
+        self._pending = self._ahead = None  # they were begun behind fewer tokens
         rows = np.array(tokens, np.int32)
         this = PromptPass(self.state, self.rope, len(rows))
         hidden, taps = self._forward(rows, this)

@@ -22,6 +22,8 @@ from specdec.target.state import State
 
 Body = Callable[[Array, TreePass], tuple[Array, ...]]
 
+GRAPHS = 32  # kept, the latest used: each holds the text of every kernel that it launches
+
 
 class VerifyGraph:
     """A body, tokens int32 [rows] and a pass -> arrays, and the graphs it was compiled to."""
@@ -37,10 +39,16 @@ class VerifyGraph:
             return self._body(tokens, this)
         state, gdn = this.state, this.state.config.gdn
         kind = prepare(this.layout, None if gdn is None else gdn.conv_kernel)
-        if kind not in self._graphs:
-            self._graphs[kind] = mx.compile(partial(self._trace, this.tree.parents, state.length))
+        # MLX would keep what it compiled for every capacity that there ever was
+        kind = (*kind, state.keys[0].shape[1] if state.keys else 0)
+        graph = self._graphs.pop(kind, None)
+        if graph is None:
+            graph = mx.compile(partial(self._trace, this.tree.parents, state.length))
+        self._graphs[kind] = graph  # at the end, behind those used before
+        if len(self._graphs) > GRAPHS:
+            del self._graphs[next(iter(self._graphs))]
         ids = tokens if isinstance(tokens, mx.array) else mx.array(tokens)
-        found = self._graphs[kind](
+        found = graph(
             {
                 "tokens": ids,
                 "turn": this.turn(ids),

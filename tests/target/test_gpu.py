@@ -15,7 +15,9 @@ from specdec.kernels.executor import gpu_kernels
 from specdec.kernels.gated_delta import mix_tree
 from specdec.kernels.gpu.kernel import MetalKernel
 from specdec.kernels.gpu.limits import MAX_ROWS, Unsupported, refused
+from specdec.target import verify_graph
 from specdec.target.model import Target
+from specdec.target.state import KV_STEP
 from tests.backends import REFERENCE
 from tests.checkpoints import FAMILIES, write_checkpoint
 from tests.metal.build import compiler
@@ -97,6 +99,21 @@ def test_graphs_are_passes_over_other_trees_of_their_kind(family, tmp_path, on_s
                 found[-1] += state_bytes(target)
         assert len(graph._graphs) == 1
     assert found[:3] == found[3:]
+
+
+def test_few_graphs_are_kept_and_none_of_a_smaller_buffer(tmp_path, on_shim, monkeypatch):
+    monkeypatch.setattr(verify_graph, "GRAPHS", 2)
+    with opened(write_checkpoint(tmp_path, FAMILIES[0]), GPU) as target:
+        prefill(target, PROMPT)
+        kept = []
+        for rows in (1, 2, 1, 3):
+            target.verify(tree_of(np.arange(rows), np.arange(-1, rows - 1)))
+            kept.append([kind[0] for kind in target._graph._graphs])
+        assert kept == [[1], [1, 2], [2, 1], [1, 3]]
+        (lone,) = (kind for kind in target._graph._graphs if kind[0] == 1)
+        target.state.make_room(KV_STEP)
+        target.verify(tree_of([1], [-1]))
+        assert [kind for kind in target._graph._graphs if kind[0] == 1][-1] != lone
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -182,6 +199,19 @@ def test_looking_ahead_changes_nothing(family, tmp_path, on_shim, monkeypatch):
                     target.look_ahead(mx.array([7], mx.int32))
                 outputs.append(logits_of(target.verify(other)).tobytes())
             assert outputs[0] == outputs[1]
+
+        # nor where a prompt came between
+        outputs = []
+        for begun in (True, False):
+            target.reset()
+            prefill(target, PROMPT)
+            target.verify(tree_of([7], [-1]))
+            if begun:
+                target.look_ahead(mx.array([7], mx.int32))
+            target.commit([0])
+            prefill(target, PROMPT)
+            outputs.append(logits_of(target.verify(tree_of([7], [-1]))).tobytes())
+        assert outputs[0] == outputs[1]
 
 
 def test_what_a_kernel_refuses_is_never_a_graph(tmp_path, monkeypatch, capsys):
