@@ -40,6 +40,7 @@ class SlotTable:
         self._early = np.zeros(slots, bool)  # loaded ahead, and its layer has not asked since
         self._unused = np.zeros(slots, bool)  # loaded ahead, and nobody has asked for it
         self._requests = np.zeros(len(self.layers), np.int64)  # of each layer so far
+        self._reserved = np.zeros(slots, np.int64)  # its layer's requests before the slot was taken
         self._asked = np.full(slots, _NEVER)  # the layer's request that last named the expert
         self._places = {layer: np.full(experts, -1, np.int32) for layer in self.layers}
 
@@ -79,13 +80,16 @@ class SlotTable:
             self._evict(victims)
             free = np.concatenate([free, victims])
         self._owner[free], self._expert[free] = self._index[layer], experts
+        self._reserved[free] = self._requests[self._index[layer]]
         self._places[layer][experts] = free
         return free
 
     def fill(self, slots: np.ndarray, early: bool = False) -> None:
-        """The experts of reserved slots have arrived; early: before anybody asked for them."""
+        """The experts of reserved slots have arrived; early: before anybody asked for them. If
+        their layer has asked for others meanwhile, they wait for nothing any more."""
         self.policy.loaded(slots, self._keys(slots), early)
-        self._early[slots] = self._unused[slots] = early
+        self._unused[slots] = early
+        self._early[slots] = early & (self._reserved[slots] == self._requests[self._owner[slots]])
         self._asked[slots] = _NEVER if early else self._requests[self._owner[slots]]
         self._full[slots] = True
 

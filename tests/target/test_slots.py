@@ -144,6 +144,17 @@ def test_what_was_loaded_ahead_stays_until_its_layer_has_asked():
     assert table.resident(1).tolist() == [6]
 
 
+def test_a_guess_that_arrives_after_its_layer_asked_for_others_is_first_to_go():
+    table = table_of(4)
+    slots = table.reserve(1, np.array([5]))
+    assert table.asked(1, np.array([7])) == 0
+    table.fill(slots, early=True)
+    load(table, 0, 0, 1, 2)
+    load(table, 2, 7)
+    assert table.resident(1).tolist() == []
+    assert table.unused[1] == 1
+
+
 # --- policies
 
 
