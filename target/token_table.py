@@ -9,16 +9,21 @@ from collections import OrderedDict
 import numpy as np
 
 TABLE_BYTES = 16 << 20
+ENTRY_BYTES = 192  # of a token, to find its place (measured: 150 to 175)
 
 
 def table_tokens(vocab: int, layers: int, top_k: int) -> int:
     """How many tokens a table holds: the vocabulary, or what fits in TABLE_BYTES."""
-    return max(1, min(vocab, TABLE_BYTES // (layers * top_k * 2)))
+    return max(1, min(vocab, TABLE_BYTES // _token_bytes(layers, top_k)))
 
 
 def table_bytes(vocab: int, layers: int, top_k: int) -> int:
     """Memory of a table for a model with so many MoE layers."""
-    return table_tokens(vocab, layers, top_k) * layers * top_k * 2
+    return table_tokens(vocab, layers, top_k) * _token_bytes(layers, top_k)
+
+
+def _token_bytes(layers: int, top_k: int) -> int:
+    return layers * top_k * 2 + ENTRY_BYTES
 
 
 class TokenTable:

@@ -23,6 +23,7 @@ from specdec.target.expert_reader import reader_bytes
 from specdec.target.expert_store import ExpertStore
 from specdec.target.pins import pinned_layers
 from specdec.target.streaming import Streaming
+from specdec.target.token_table import ENTRY_BYTES
 from tests.checkpoints import FAMILIES, write_checkpoint
 from tests.pairs import write_pair
 
@@ -272,7 +273,8 @@ def test_what_reading_takes_is_planned(store: ExpertStore) -> None:
         "direct reads, 16 at a time; policy lru; first 6 and last 3 layers protected; prefetch auto"
     )
     routing = by_name(plan)["routing table"]
-    assert routing == store.config.vocab_size * len(store.layers) * store.config.top_k * 2
+    token = len(store.layers) * store.config.top_k * 2 + ENTRY_BYTES
+    assert routing == store.config.vocab_size * token
     assert part.bytes == 2 * reader_bytes(8)
     assert plan.total - without.total == part.bytes + routing
 

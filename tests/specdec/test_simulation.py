@@ -243,6 +243,17 @@ def test_the_json_has_what_is_printed_and_is_documented(tmp_path):
     assert {name for name in fields if f"`{name}`" not in documented} == set()
 
 
+def test_with_all_layers_pinned_there_is_nothing_to_foresee(tmp_path):
+    log, path = tmp_path / "log", tmp_path / "sim.json"
+    head = header(3, 8, 2, pinned=(0, 1, 2))
+    write_log(log, log_of(head, np.random.default_rng(6), passes=8, rows=2, prompt=3))
+    done = run("simulate", log, "--prefetch", "previous,draft,layer", "--json", path)
+    assert done.exit_code == 0, done.stderr
+    for one in json.loads(path.read_text())["prefetch"]:
+        assert (one["begun"], one["misses"], one["bytes_read"]) == (0, 0, 0)
+        assert one["hit_rate"] is one["coverage"] is None
+
+
 @settings(max_examples=40, deadline=None)
 @given(
     seed=st.integers(0, 10**6),

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from specdec.target import trial as trial_module
 from specdec.target.prefetch import DRAFT, LAYER, Prefetcher
 from specdec.target.streaming import PREFETCH, Streaming
-from specdec.target.token_table import TABLE_BYTES, TokenTable, table_tokens
+from specdec.target.token_table import ENTRY_BYTES, TABLE_BYTES, TokenTable, table_tokens
 from specdec.target.trial import PASSES, SETTLING, TURNS, WINDOW, Trial
 from tests.backends import CPU, REFERENCE, each_exact_backend, needs_numba, same_bits
 from tests.checkpoints import write_checkpoint
@@ -56,7 +56,7 @@ def test_a_table_has_what_the_latest_tokens_were_routed_to(tokens, rows, asked):
 
 def test_a_table_is_bounded():
     assert table_tokens(1000, 4, 2) == 1000
-    assert table_tokens(150_000, 40, 8) == TABLE_BYTES // 640
+    assert table_tokens(150_000, 40, 8) == TABLE_BYTES // (640 + ENTRY_BYTES)
     assert table_tokens(10, 1000, 100_000) == 1
 
 
