@@ -23,7 +23,7 @@ from specdec.hub import resolve
 from specdec.kernels.array import Backend, choose_backend
 from specdec.kernels.executor import use_gpu_kernels
 from specdec.kernels.gpu.limits import MAX_ROWS
-from specdec.memory import resident_bytes
+from specdec.memory import resident_bytes, start_gpu
 from specdec.plan import COMPILER_BYTES, KEPT_BYTES, MemoryPlan, make_plan
 from specdec.target.config import TargetConfig
 from specdec.target.expert_cache import ExpertCache
@@ -181,6 +181,8 @@ def _plan(found: _Headers, settings: Settings) -> MemoryPlan:
             "and not exact)"
         )
     context = min(settings.context, found.config.max_position)
+    if found.backend.on_gpu:
+        start_gpu()  # or what a GPU takes of the process's memory would be in no plan
     return make_plan(
         found.store,
         found.draft,

@@ -10,11 +10,13 @@ import numpy as np
 import pytest
 
 from specdec import checkpoint as checkpoint_module
+from specdec import load as load_module
 from specdec.budget import Fixed
 from specdec.errors import CheckpointError, PairingError, PlanError, SpecdecError
 from specdec.generation import Request, generate
 from specdec.kernels.array import Backend, choose_backend
 from specdec.load import Settings, load, plan_for
+from specdec.memory import resident_bytes, start_gpu
 from specdec.plan import KEPT_BYTES, MemoryPlan
 from tests.backends import needs_numba
 from tests.checkpoints import FAMILIES, write_checkpoint
@@ -104,6 +106,24 @@ def test_the_plan_is_known_before_anything_is_read(pair, reads):
     with pytest.raises(KeyboardInterrupt):
         load(settings(pair, pin_layers=1, cache_slots=7), stop)
     assert reads == []
+
+
+@pytest.mark.parametrize("backend", ["metal", "reference"])
+def test_what_a_gpu_takes_of_the_process_is_planned(backend, pair, monkeypatch):
+    held = [1000]
+    monkeypatch.setattr(load_module, "choose_backend", lambda *_: Backend(backend, mx.float32, ""))
+    monkeypatch.setattr(load_module, "start_gpu", lambda: held.append(500))
+    monkeypatch.setattr(load_module, "resident_bytes", lambda: sum(held))
+    runtime = plan_for(settings(pair)).parts[0]
+    assert (runtime.name, runtime.bytes) == ("runtime", 1500 if backend == "metal" else 1000)
+
+
+@pytest.mark.skipif(not ON_GPU, reason="needs a GPU")
+def test_a_gpu_starts_once():
+    start_gpu()
+    before = resident_bytes()
+    start_gpu()
+    assert resident_bytes() - before < 64 << 20
 
 
 def test_what_mlx_keeps_of_freed_buffers_is_what_was_planned(pair):
