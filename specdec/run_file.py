@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 
 from specdec import rounds_record
 from specdec.errors import RunFileError
-from specdec.metrics import Metrics
+from specdec.metrics import PHASES, Metrics
 from specdec.record import SCHEMA
 from specdec.round import Round
 from specdec.vocabulary import Vocabulary
@@ -140,8 +140,11 @@ def _document(path: Path) -> dict[str, Any]:
 
 
 def _token(value: Any) -> str | list[int]:
-    """A text or bytes. ValueError for anything else."""
-    return value if isinstance(value, str) else list(bytes([*value]))
+    """A text or bytes. ValueError for anything else, half characters too."""
+    if isinstance(value, str):
+        value.encode()
+        return value
+    return list(bytes([*value]))
 
 
 def _no_number(name: str) -> NoReturn:
@@ -208,6 +211,8 @@ def _metrics(run: Mapping[str, Any]) -> Metrics:
     found = cattrs.structure(run["metrics"], Metrics)
     if found.rounds != len(run["rounds"]):
         raise ValueError(f"metrics count {found.rounds} rounds, there are {len(run['rounds'])}")
+    if strange := {phase.name for phase in found.phases} - {*PHASES, "other"}:
+        raise ValueError(f"metrics name the phases {sorted(strange)}, which no round has")
     return found
 
 

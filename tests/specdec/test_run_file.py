@@ -151,6 +151,8 @@ def test_damage_inside_is_named(tmp_path, runs):
         (lambda d: speculative(d)["metrics"].update(rounds="many"), "rounds"),
         (lambda d: speculative(d)["rounds"].pop(), "rounds, there are"),
         (lambda d: d.update(vocabulary={"1": 7.5}), "not readable"),
+        (lambda d: d.update(vocabulary={"1": "\ud800"}), "surrogates not allowed"),
+        (lambda d: speculative(d)["metrics"]["phases"][0].update(name="x"), "phases ['x']"),
         (lambda d: d["plan"].update(slots="few"), "slots"),
         (lambda d: speculative(d)["metrics"].pop("depths"), "depths"),
         (lambda d: speculative(d)["rounds"][0].update(parents=[-1, 5]), "make no tree"),
