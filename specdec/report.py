@@ -123,7 +123,7 @@ def memory_line(memory: Memory) -> str:
     """Peak against plan; says so when the plan was overrun."""
     over = memory.process - memory.planned
     text = (
-        f"peak {size(memory.process)} resident ({size(memory.mlx)} of it in MLX), "
+        f"peak {size(memory.process)} resident, {size(memory.mlx)} in MLX, "
         f"planned {size(memory.planned)}"
     )
     if over > 0:

@@ -38,7 +38,7 @@ def test_the_summary_tells_everything():
         "verify 500.00 ms (50.0 %)",
         "30 hits, 10 misses in unpinned layers (75.0 % hit), 90.0 % with pinned",
         "7.00 MB read, 1.00 MB per token",
-        "peak 410 MB resident (120 MB of it in MLX), planned 450 MB",
+        "peak 410 MB resident, 120 MB in MLX, planned 450 MB",
         "sha256 ",
     ):
         assert words in text
