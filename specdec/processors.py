@@ -21,8 +21,8 @@ _RUN = 256  # neighbouring ids whose maximum is looked at first
 _REACHES = (4.0, 8.0, 12.0, np.inf)
 _FEW = 2048
 _SLICES, _FURTHEST = 32, 1023
-# Beyond these float32 ends, and it is as cold or as hot: the top alone, or all alike.
-_COLDEST, _HOTTEST = 1e-30, 1e38
+# Temperatures and penalties beyond these, near which float32 ends, act as these do.
+_LEAST, _MOST = 1e-30, 1e38
 
 
 def distribution(logits: np.ndarray, sampling: Sampling, seen: np.ndarray) -> Distribution:
@@ -34,7 +34,7 @@ def distribution(logits: np.ndarray, sampling: Sampling, seen: np.ndarray) -> Di
     logits = penalized(logits, sampling.repetition_penalty, seen)
     ids = kept(logits, sampling)
     values = logits if ids is None else logits[ids]
-    temperature = np.float32(min(max(sampling.temperature, _COLDEST), _HOTTEST))
+    temperature = _within(sampling.temperature)
     with np.errstate(over="ignore", under="ignore"):
         weights = np.exp((values - values.max()) / temperature)
     return Distribution(ids, weights.astype(np.float64))
@@ -46,12 +46,16 @@ def penalized(logits: np.ndarray, penalty: float, seen: np.ndarray) -> np.ndarra
     if penalty == 1.0:
         return logits
     logits = logits.copy()
-    values = logits[seen]
-    with np.errstate(over="ignore"):
-        values = np.where(values < 0, values * np.float32(penalty), values / np.float32(penalty))
+    values, factor = logits[seen], _within(penalty)
+    with np.errstate(over="ignore", under="ignore"):
+        values = np.where(values < 0, values * factor, values / factor)
     bound = np.finfo(np.float32).max
     logits[seen] = np.clip(values, -bound, bound)
     return logits
+
+
+def _within(number: float) -> np.float32:
+    return np.float32(min(max(number, _LEAST), _MOST))
 
 
 def kept(logits: np.ndarray, sampling: Sampling) -> np.ndarray | None:

@@ -248,8 +248,11 @@ def test_extremes_stay_finite():
         Sampling(temperature=1e-300, top_p=0.5, repetition_penalty=1e9),
         Sampling(temperature=1e300, min_p=1e-9, repetition_penalty=1e-9),
         Sampling(temperature=5e-324),
+        Sampling(temperature=1.0, repetition_penalty=5e-324),
+        Sampling(temperature=1.0, repetition_penalty=1e308),
     ):
-        found = distribution(logits, sampling, np.array([0, 1]))
+        with np.errstate(all="raise"):
+            found = distribution(logits, sampling, np.array([0, 1, 2]))
         assert np.isfinite(found.weights).all()
         assert found.weights.max() == 1.0
     assert distribution(logits, Sampling(temperature=5e-324), NONE).draw(0.999) == 0
