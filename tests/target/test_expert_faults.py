@@ -201,10 +201,17 @@ def test_wrong_guesses_not_begun_are_given_up_when_their_layer_asks(
     opened: Opened, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cache = ExpertCache(opened.store, (), 12, mx.float32, Streaming(queue_depth=1))
+    asked, real = threading.Event(), checkpoint_module.read_at
+
+    def held(*arguments: Any) -> int:
+        assert asked.wait(20)
+        return real(*arguments)
+
     with monkeypatch.context() as patch:
-        SlowDisk(patch, 0.02)
+        patch.setattr(checkpoint_module, "read_at", held)
         cache.prefetch(1, np.array([6, 5, 4, 2]))
         for wave in cache.waves(1, np.array([2, 3])):
+            asked.set()
             opened.check(1, wave, mx.float32)
     settle(cache)
     list(cache.waves(0, np.array([], np.int32)))
