@@ -66,8 +66,9 @@ class Metrics:
     seconds_to_first_token: from the request to the first token, loading excluded; None when the
         run was interrupted before it.
     decode_seconds: from the first token to the end of the run.
-    decode_tokens_per_second: (generated_tokens - 1) / decode_seconds. Tokens that the last round
-        committed beyond the end (stop string, limit) are not counted, its time is.
+    decode_tokens_per_second: (generated_tokens - 1) / decode_seconds, None where no token followed
+        the first. Tokens that the last round committed beyond the end (stop string, limit) are not
+        counted, its time is.
     rounds: verify passes.
     drafted: tree nodes verified, roots not counted; accepted: those that were committed.
     acceptance_length: (accepted + rounds) / rounds, bonus token counted; 1 for plain decoding.
@@ -153,7 +154,7 @@ def measure(result: "Result") -> Metrics:
         prefill_tokens_per_second=ratio(result.prefill.prompt_tokens, result.prefill.seconds),
         seconds_to_first_token=result.seconds_to_first_token if result.tokens else None,
         decode_seconds=result.decode_seconds,
-        decode_tokens_per_second=ratio(max(len(result.tokens) - 1, 0), result.decode_seconds),
+        decode_tokens_per_second=decode_speed(len(result.tokens), result.decode_seconds),
         rounds=len(rounds),
         drafted=drafted,
         accepted=accepted,
@@ -205,6 +206,11 @@ def peak_process_bytes() -> int:
         if name == "VmHWM":
             return int(value.removesuffix("kB")) * 1024
     raise SpecdecError("/proc/self/status names no VmHWM: peak memory cannot be told")
+
+
+def decode_speed(tokens: int, seconds: float) -> float | None:
+    """Decode tokens per second of a run that emitted so many tokens, the first from its prefill."""
+    return ratio(tokens - 1, seconds) if tokens > 1 else None
 
 
 def _depths(result: "Result") -> tuple[Depth, ...]:

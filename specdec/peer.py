@@ -15,8 +15,7 @@ import numpy as np
 
 from specdec.bench_grid import Task
 from specdec.errors import PeerError
-from specdec.metrics import first_difference
-from specdec.ratio import ratio
+from specdec.metrics import decode_speed, first_difference
 from specdec.token_hash import token_sha256
 
 if TYPE_CHECKING:
@@ -97,7 +96,7 @@ class Peer:
         return PeerRun(
             task,
             repeat,
-            ratio(len(tokens) - 1, end - first),
+            decode_speed(len(tokens), end - first),
             first - start,
             token_sha256(tokens),
             at,
