@@ -4,6 +4,7 @@ Plain autoregressive decoding is the same round with the root alone for a tree.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from time import perf_counter
 
 import numpy as np
@@ -42,18 +43,20 @@ class Engine:
         """context, max_budget: what memory was planned for; None where nothing was."""
         self.target, self.draft = target, draft
         self.prefill_chunk, self.context, self.max_budget = prefill_chunk, context, max_budget
-        self.autos: dict[int, Auto] = {}
+        self.autos: dict[tuple[int, Sampling], Auto] = {}
         self.reset()
 
-    def auto(self, nodes: int) -> Auto:
-        """The budget that chooses trees of `nodes` nodes at most. What it learns of this machine
-        and this pair stays with the engine."""
-        if nodes not in self.autos:
+    def auto(self, nodes: int, sampling: Sampling = GREEDY) -> Auto:
+        """The budget that chooses trees of `nodes` nodes at most. What it learns stays with the
+        engine: of this machine and this pair, and for each way of sampling what is accepted."""
+        key = nodes, replace(sampling, seed=0)
+        if key not in self.autos:
             config = self.target.config
             on_gpu = self.target.backend.on_gpu
-            costs = RoundCosts(nodes, config.num_experts, config.top_k, compiled_each=on_gpu)
-            self.autos[nodes] = Auto(nodes, costs, TREE_NODES if on_gpu else None)
-        return self.autos[nodes]
+            known = [auto.costs for (size, _), auto in self.autos.items() if size == nodes]
+            known = known or [RoundCosts(nodes, config.num_experts, config.top_k, on_gpu)]
+            self.autos[key] = Auto(nodes, known[0], TREE_NODES if on_gpu else None)
+        return self.autos[key]
 
     def reset(self) -> None:
         """Forget all tokens; the experts in memory stay."""

@@ -195,7 +195,7 @@ def _budget(engine: Engine, request: Request) -> Budget:
     nodes = request.max_budget or (AUTO_NODES if most is None else min(AUTO_NODES, most))
     if engine.draft is None or nodes < 2:
         return Fixed(1)
-    auto = engine.auto(nodes)
+    auto = engine.auto(nodes, request.sampling)
     auto.begin()
     return auto
 

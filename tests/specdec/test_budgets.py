@@ -14,6 +14,7 @@ from specdec.engine import CATCH_UP_ROWS, Engine
 from specdec.generation import Request, generate
 from specdec.kernels.gpu.limits import TREE_NODES
 from specdec.load import Settings, load
+from specdec.sampling import Sampling
 from specdec.tree.build import KINDS
 from tests.backends import CPU, each_exact_backend, needs_numba
 from tests.cheating import ERRORS, HOPELESS, CheatingDraft
@@ -190,6 +191,10 @@ def test_what_was_learned_stays_with_the_engine(targets, truths):
     auto = engine.auto(6)
     assert engine.auto(6) is auto
     assert engine.auto(7) is not auto
+    warm = engine.auto(6, Sampling(temperature=0.8, seed=1))
+    assert warm.costs is auto.costs  # a round costs the same; what is accepted is another matter
+    assert warm.calibration is not auto.calibration
+    assert engine.auto(6, Sampling(temperature=0.8, seed=2)) is warm
     run(engine, auto, 40)
     seen = auto.costs.plain_rounds
     assert seen > 0
