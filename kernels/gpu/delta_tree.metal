@@ -186,11 +186,11 @@ for (int first = 0; first < steps; first += CHUNK) {
       }
     }
     // Even lanes have what was read for the key, the odd ones beside them that for the query.
-    float read = decay * delta_sums<2 * VALUES>(sums, lane);
+    float read = decay * simd_sums<2 * VALUES>(sums, lane);
     float asked = simd_shuffle_xor(read, 1);
     float delta = 0.0f;
     if (lane % 2 == 0 && lane < 2 * VALUES) {
-      uint value = simdgroup * VALUES + delta_sum_of<2 * VALUES>(lane);
+      uint value = simdgroup * VALUES + uint(sum_of_lane<2 * VALUES>(lane));
       uint at = i * ROW + VALUES_AT + value;
       delta = betas[i] * (staged[at] - read);
       staged[at] = metal::fma(delta, products[i], asked);
@@ -201,7 +201,7 @@ for (int first = 0; first < steps; first += CHUNK) {
     if (SINGLE || marks[4 * i + 3] == 0) {
 #pragma unroll
       for (int v = 0; v < VALUES; ++v) {
-        float own = simd_shuffle(delta, delta_sum_of<2 * VALUES>(v));
+        float own = simd_shuffle(delta, uint(sum_of_lane<2 * VALUES>(uint(v))));
 #pragma unroll
         for (int j = 0; j < EACH; ++j) {
           s[v * EACH + j] = metal::fma(own, key[j], s[v * EACH + j] * decay);

@@ -38,7 +38,7 @@ TREE = MetalKernel(
     ),
     outputs=("y", "record", "states"),
     template=("T", "R", "SINGLE", "VALUES", "KEY_DIM", "VALUE_DIM", "REPEATS", "TAPS"),
-    helpers=("delta.h",),
+    helpers=("delta.h", "simd_sums.h"),
 )
 REPLAY = MetalKernel(
     "delta_replay",
