@@ -41,10 +41,8 @@ class Greedy:
         return self.walk(DraftTree.root(0), logits)[1]
 
     def ahead(self, logits: Array) -> Array | None:
-        """int32 [1]: the token after a lone root, for the device, where it is found without the
-        host; None elsewhere. logits [1, vocab]."""
-        if is_numpy(logits):
-            return None
+        """int32 [1]: the token after a lone root, found on the device without the host; None where
+        it cannot be. logits [1, vocab], on a GPU."""
         self._ahead = logits, mx.argmax(logits, axis=-1).astype(mx.int32)
         start(self._ahead[1])  # by itself: to read it back is not to wait for what follows
         return self._ahead[1]

@@ -113,7 +113,8 @@ class Engine:
             self.target.foresee(tree)
         times.append(perf_counter())
         output = self.target.verify(tree)
-        if limit == 1 and not self._drafting:  # the next round is a lone root as well
+        # the next round is a lone root as well
+        if limit == 1 and not self._drafting and self.target.compiled:
             following = self.chooser.ahead(output.logits)
             if following is not None:
                 self.target.look_ahead(following)

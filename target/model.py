@@ -185,22 +185,23 @@ class Target:
         """Begin the pass of the lone root that follows the pending lone root, before either is
         known to the host: token int [1]. If verify is then asked for another, nothing is lost.
 
-        Worth it where a host would keep a GPU waiting; elsewhere nothing is done.
+        For compiled passes, where a host would keep a GPU waiting.
         """
+        assert self.compiled
         assert self._pending is not None
-        if self._compiled and self._pending.lone:
-            state = self._pending.this.after_root()
-            this = TreePass(state, self.rope, TreeLayout.of(np.array([-1], np.int32)))
-            self._ahead = self._begin(token, this)
+        assert self._pending.this.tree.rows == 1
+        state = self._pending.this.after_root()
+        this = TreePass(state, self.rope, TreeLayout.of(np.array([-1], np.int32)))
+        self._ahead = self._begin(token, this)
 
     @property
-    def _compiled(self) -> bool:
+    def compiled(self) -> bool:
         """Whether verify passes are graphs, which nobody looks into."""
         watched = self.clock is not None or self.tolerance is not None
         return self.backend.on_gpu and self.experts.all_pinned and not watched
 
     def _begin(self, tokens: Array, this: TreePass) -> Pending:
-        run = self._graph if self._compiled else self._verify
+        run = self._graph if self.compiled else self._verify
         logits, taps, finite = run(tokens, this)
         # Slots must not be filled anew while a graph that reads them waits.
         begin = start if self.experts.all_pinned else evaluate

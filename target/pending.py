@@ -28,10 +28,5 @@ class Pending:
     output: Output
     finite: Array
 
-    @property
-    def lone(self) -> bool:
-        """Whether it is a step of plain decoding: a root without nodes."""
-        return self.this.tree.rows == 1
-
     def host_tokens(self) -> np.ndarray:
         return to_numpy(self.tokens)

@@ -19,6 +19,8 @@ from specdec.tree.block import Block
 class TableTarget:
     """logits of the next token = table[token before last, last token], over a small vocabulary."""
 
+    compiled = False
+
     def __init__(self, vocab: int, seed: int = 0, spread: float = 1.5) -> None:
         self.vocab = vocab
         self.table = np.random.default_rng(seed).normal(0, spread, (vocab,) * 3).astype(np.float32)

@@ -189,29 +189,23 @@ def test_looking_ahead_changes_nothing(family, tmp_path, on_shim, monkeypatch):
 
         # a round that is run again, another token, a tree: what was begun ahead is not taken
         monkeypatch.setattr(Target, "look_ahead", looked)
-        for other in (tree_of([7], [-1]), tree_of([8], [-1]), tree_of([7, 3, 4], [-1, 0, 0])):
-            outputs = []
-            for begun in (True, False):
-                target.reset()
-                prefill(target, PROMPT)
-                target.verify(tree_of([7], [-1]))
-                if begun:
-                    target.look_ahead(mx.array([7], mx.int32))
-                outputs.append(logits_of(target.verify(other)).tobytes())
-            assert outputs[0] == outputs[1]
+        seven = tree_of([7], [-1])
 
-        # nor where a prompt came between
-        outputs = []
-        for begun in (True, False):
+        def after(begun, other, prompt_between):
             target.reset()
             prefill(target, PROMPT)
-            target.verify(tree_of([7], [-1]))
+            target.verify(seven)
             if begun:
                 target.look_ahead(mx.array([7], mx.int32))
-            target.commit([0])
-            prefill(target, PROMPT)
-            outputs.append(logits_of(target.verify(tree_of([7], [-1]))).tobytes())
-        assert outputs[0] == outputs[1]
+            if prompt_between:
+                target.commit([0])
+                prefill(target, PROMPT)
+            return logits_of(target.verify(other)).tobytes()
+
+        for other in (seven, tree_of([8], [-1]), tree_of([7, 3, 4], [-1, 0, 0])):
+            assert after(True, other, False) == after(False, other, False)
+        # nor where a prompt came between
+        assert after(True, seven, True) == after(False, seven, True)
 
 
 def test_what_a_kernel_refuses_is_never_a_graph(tmp_path, monkeypatch, capsys):
