@@ -203,7 +203,8 @@ def paths(layout: AttentionLayout) -> mx.array:
             place = length % LONE_ROOTS
             layout.on_device["paths"] = _lone_roots(length - place)[place : place + 1]
         else:
-            layout.on_device["paths"] = mx.array(_table(length + tree.depths, length, tree.paths))
+            table = _table(length + tree.depths, length, tree.paths, 2 + tree.rows)
+            layout.on_device["paths"] = mx.array(table)
     return layout.on_device["paths"]
 
 
@@ -211,12 +212,13 @@ def paths(layout: AttentionLayout) -> mx.array:
 def _lone_roots(length: int) -> mx.array:
     """The paths of a lone root behind `length`, length + 1, .. tokens, a row each."""
     lengths = np.arange(length, length + LONE_ROOTS, dtype=np.int32)
-    return resident(_table(lengths, lengths, np.zeros((LONE_ROOTS, 1), np.int32)), mx.int32)
+    return resident(_table(lengths, lengths, np.zeros((LONE_ROOTS, 1)), 3), mx.int32)
 
 
-def _table(positions: np.ndarray, length: int | np.ndarray, paths: np.ndarray) -> np.ndarray:
-    lone = paths.shape[1] == 1
-    table = np.full((len(paths), 8 if lone else max(8, 2 + len(paths))), -1, np.int32)
+def _table(
+    positions: np.ndarray, length: int | np.ndarray, paths: np.ndarray, columns: int
+) -> np.ndarray:
+    table = np.full((len(paths), max(8, columns)), -1, np.int32)
     table[:, 0] = positions
     table[:, 1] = length
     table[:, 2 : 2 + paths.shape[1]] = paths

@@ -105,18 +105,14 @@ def costs(axes: "Axes", shown: Sequence[Figures], colours: Sequence[str]) -> Non
 
 
 def depths(axes: "Axes", shown: Sequence[Figures], colours: Sequence[str]) -> None:
-    for at, (one, colour) in enumerate(zip(shown, colours, strict=True)):
-        aside = 0.06 * (at - (len(shown) - 1) / 2)
-        _curve(axes, [(d.depth + aside, d.reached) for d in one.depths], colour, "o-")
-    _shares(axes)
+    _side_by_side(
+        axes, [[(d.depth, d.reached) for d in one.depths] for one in shown], colours, "o-"
+    )
     axes.set_xlabel("draft tokens accepted, at least")
 
 
 def ranks(axes: "Axes", shown: Sequence[Figures], colours: Sequence[str]) -> None:
-    for at, (one, colour) in enumerate(zip(shown, colours, strict=True)):
-        aside = 0.06 * (at - (len(shown) - 1) / 2)
-        _curve(axes, [(r.rank + aside, r.rate) for r in one.ranks], colour, "o")
-    _shares(axes)
+    _side_by_side(axes, [[(r.rank, r.rate) for r in one.ranks] for one in shown], colours, "o")
     axes.set_xlabel("rank among siblings (0: likeliest)")
 
 
@@ -140,6 +136,19 @@ def _histogram(
     axes.grid(axis="x", visible=False)
     axes.locator_params(axis="x", integer=True)
     axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.0f} %")
+
+
+def _side_by_side(
+    axes: "Axes",
+    series: Sequence[Sequence[tuple[float, Estimate]]],
+    colours: Sequence[str],
+    line: str,
+) -> None:
+    """Shares at whole numbers, those of each series a little aside of the others'."""
+    for at, (points, colour) in enumerate(zip(series, colours, strict=True)):
+        aside = 0.06 * (at - (len(series) - 1) / 2)
+        _curve(axes, [(x + aside, y) for x, y in points], colour, line)
+    _shares(axes)
 
 
 def _shares(axes: "Axes") -> None:
