@@ -154,4 +154,37 @@ SHIM_PREFIX(sum, +, 0)
 SHIM_PREFIX(product, *, 1)
 #undef SHIM_PREFIX
 
+// 8 x 8 values of a simdgroup. A lane has two that stand side by side, where Apple's GPUs of today
+// have them: MLX's own kernels rely on the same places.
+template <typename T, int Columns, int Rows>
+struct simdgroup_matrix {
+  static_assert(Columns == 8 && Rows == 8, "simdgroup_matrix has 8 x 8 values");
+  vec<T, 2> own;
+  vec<T, 2>& thread_elements() { return own; }
+};
+
+// d = a b + c; products are added in the order of the columns of a
+template <typename D, typename A, typename B, typename C>
+void simdgroup_multiply_accumulate(simdgroup_matrix<D, 8, 8>& d, simdgroup_matrix<A, 8, 8> a,
+                                   simdgroup_matrix<B, 8, 8> b, simdgroup_matrix<C, 8, 8> c,
+                                   int line = __builtin_LINE()) {
+  struct Factors {
+    vec<A, 2> a;
+    vec<B, 2> b;
+  };
+  auto all = shim::meet(Factors{a.own, b.own}, "simdgroup_multiply_accumulate", line);
+  auto lane_of = [](uint row, uint column) {
+    return (row & 4) * 4 + (row & 3) * 2 + (column & 4) * 2 + (column & 2) / 2;
+  };
+  uint row = (all.own & 16) / 4 + (all.own & 6) / 2;
+  uint column = (all.own & 8) / 2 + (all.own & 1) * 2;
+  for (uint i = 0; i < 2; ++i) {
+    float sum = static_cast<float>(c.own[i]);
+    for (uint k = 0; k < 8; ++k)
+      sum = std::fma(static_cast<float>(all.value[lane_of(row, k)].a[k % 2]),
+                static_cast<float>(all.value[lane_of(k, column)].b[i]), sum);
+    d.own[i] = static_cast<D>(sum);
+  }
+}
+
 }  // namespace metal

@@ -1,0 +1,203 @@
+// Products on matrix units: 16 features by 8 rows at once, by one simdgroup, T of 16 bits.
+//
+// A lane has tile_row(lane) = 0 .. 7 and tile_quarter(lane) = 0 .. 3. It brings weights of the
+// features tile_row and tile_row + 8 and values of row tile_row of x, of each the same inputs,
+// those of its quarter; and it gets sums of the features tile_row and tile_row + 8 for the rows
+// 2 * quarter and 2 * quarter + 1. Which inputs stand side by side in a product is free, so codes
+// are taken as they lie in a word, and the values of x are brought into their order.
+//
+// Codes are multiplied as the integers they are, exactly: as bits of the mantissa of OFFSET a code
+// is worth OFFSET + code, of codes of 8 bits each half is one of its own. A group's sum is
+//   scale * (sum (OFFSET + code) x - OFFSET sum x) + bias sum x
+// and `sum x` comes from a product with ones, so that what is subtracted is what was added.
+//
+//   tile_dots<T, BITS, GROUP, TILES, ROW_TILES, UNROLL, NORM>(
+//       data, scales, biases, features, x, rows, in, norm, from, to, lane, sums, squares);
+//
+// data, scales, biases: as in weights.h, BITS 4, 8, or 0 for dense; features[2 * TILES]: rows of
+// weights, of this lane; x T [.., in]; rows[ROW_TILES]: rows of x, of this lane; norm T [in],
+// multiplied to x if NORM; from .. to: groups of GROUP inputs (of 32 when dense), a multiple of
+// UNROLL many. Set: sums[(tile * ROW_TILES + row tile) * 4 ..]: feature tile_row with both rows,
+// then tile_row + 8; if NORM, squares[row tile * 4 ..]: products of rows of x with each other,
+// tile_row with both, so each row's sum of x^2 is in one lane (tile_square).
+// The bits of a sum depend on its row of x, its weights and from, to alone.
+
+// of pairs of values in a word, the first in its lower half
+HELPER uint lower_halves(uint a, uint b) {
+  return (a & 0xffffu) | (b << 16);
+}
+
+HELPER uint upper_halves(uint a, uint b) {
+  return (a >> 16) | (b & 0xffff0000u);
+}
+
+template <typename T>
+HELPER uint both_halves(float value) {
+  uint bits = as_type<ushort>(T(value));
+  return bits | bits << 16;
+}
+
+// what four lanes read of a row at once
+template <int BITS, int GROUP>
+struct TileStep {
+  enum {
+    inputs = BITS == 0 || GROUP == 32 ? 32 : 64,
+    each = inputs / 4,  // of a lane
+    words = each * (BITS == 0 ? 16 : BITS) / 32,
+    pairs = each * (BITS == 8 ? 2 : 1) / 2,
+    group = BITS == 0 ? 32 : GROUP,
+    count = group / inputs  // of a group
+  };
+};
+
+template <int COUNT, typename D, typename P>
+HELPER void load_words(D data, P words) {
+  if (COUNT % 4 == 0) {
+#pragma unroll
+    for (int i = 0; i + 3 < COUNT; i += 4) {
+      auto four = LOAD(uint4, data + i * int(sizeof(uint) / sizeof(*data)));
+      words[i] = four.x;
+      words[i + 1] = four.y;
+      words[i + 2] = four.z;
+      words[i + 3] = four.w;
+    }
+  } else if (COUNT == 2) {
+    auto two = LOAD(uint2, data);
+    words[0] = two.x;
+    words[COUNT - 1] = two.y;
+  } else {
+    words[0] = LOAD(uint, data);
+  }
+}
+
+// the weights of pair p, of codes OFFSET + code; OFFSET is 128 in bfloat
+template <int BITS, typename P>
+HELPER uint weight_pair(P words, int p) {
+  return BITS == 0 ? words[p] : ((words[p / 4] >> (4 * (p % 4))) & 0x000f000fu) | 0x43004300u;
+}
+
+// the values of x that pair p is multiplied with, of x as it lies in memory
+template <typename T, int BITS, typename P>
+HELPER uint input_pair(P x, int p) {
+  if (BITS == 0) {
+    return x[p];
+  }
+  if (BITS == 4) {
+    int at = p / 4 * 4 + p % 4 / 2;
+    return p % 2 ? upper_halves(x[at], x[at + 2]) : lower_halves(x[at], x[at + 2]);
+  }
+  int at = p / 4 * 2;
+  uint pair = p % 4 / 2 ? upper_halves(x[at], x[at + 1]) : lower_halves(x[at], x[at + 1]);
+  return p % 2 ? pair_product<T>(pair, both_halves<T>(16.0f)) : pair;
+}
+
+// where the sum of squares of row r is: in squares[tile_row % 2] of the lane of which this is true
+HELPER bool tile_square(uint lane) {
+  return tile_quarter(lane) == tile_row(lane) / 2;
+}
+
+template <typename T, int BITS, int GROUP, int TILES, int ROW_TILES, int UNROLL, bool NORM, typename D, typename S, typename F, typename X, typename R, typename N, typename P, typename Q>
+HELPER void tile_dots(D data, S scales, S biases, F features, X x, R rows, int in, N norm, int from, int to, uint lane, P sums, Q squares) {
+  using Step = TileStep<BITS, GROUP>;
+  const int steps = UNROLL * Step::count;
+  const int span = Step::words * 4 * int(sizeof(uint) / sizeof(*data));  // elements of data in a step
+  const int quarter = tile_quarter(lane);
+  const uint ones = both_halves<T>(1.0f);
+#pragma unroll
+  for (int i = 0; i < TILES * ROW_TILES * 4; ++i) {
+    sums[i] = 0.0f;
+  }
+#pragma unroll
+  for (int i = 0; i < ROW_TILES * 4; ++i) {
+    squares[i] = 0.0f;
+  }
+#pragma unroll 1
+  for (int group = from; group < to; group += UNROLL) {
+    uint words[steps * 2 * TILES * Step::words];
+#pragma unroll
+    for (int s = 0; s < steps; ++s) {
+#pragma unroll
+      for (int f = 0; f < 2 * TILES; ++f) {
+        auto row = data + ulong(features[f]) * uint(in / Step::inputs * span);
+        auto own = row + (group * Step::count + s) * span + quarter * (span / 4);
+        load_words<Step::words>(own, words + (s * 2 * TILES + f) * Step::words);
+      }
+    }
+#pragma unroll
+    for (int u = 0; u < UNROLL; ++u) {
+      float parts[TILES * ROW_TILES * 4];
+      float totals[ROW_TILES * 4];  // of x, both rows of the lane twice
+#pragma unroll
+      for (int i = 0; i < TILES * ROW_TILES * 4; ++i) {
+        parts[i] = BITS == 0 ? sums[i] : 0.0f;
+      }
+#pragma unroll
+      for (int i = 0; i < ROW_TILES * 4; ++i) {
+        totals[i] = 0.0f;
+      }
+#pragma unroll
+      for (int c = 0; c < Step::count; ++c) {
+        int s = u * Step::count + c;
+        int first = (group * Step::count + s) * Step::inputs + quarter * Step::each;
+        uint scale[Step::each / 2];
+        if (NORM) {
+          load_words<Step::each / 2>(norm + first, scale);
+        }
+#pragma unroll
+        for (int r = 0; r < ROW_TILES; ++r) {
+          uint values[Step::each / 2];
+          load_words<Step::each / 2>(x + ulong(rows[r]) * uint(in) + first, values);
+          if (NORM) {
+#pragma unroll
+            for (int i = 0; i < Step::each / 2; i += 2) {
+              tile_multiply<T>(squares + 4 * r, values[i], 0u, values[i + 1], 0u, tile_input(values[i], lane), tile_input(values[i + 1], lane));
+              values[i] = pair_product<T>(values[i], scale[i]);
+              values[i + 1] = pair_product<T>(values[i + 1], scale[i + 1]);
+            }
+          }
+#pragma unroll
+          for (int p = 0; p < Step::pairs; p += 2) {
+            uint one = tile_input(input_pair<T, BITS>(values, p), lane);
+            uint other = tile_input(input_pair<T, BITS>(values, p + 1), lane);
+            if (BITS != 0) {
+              tile_multiply<T>(totals + 4 * r, ones, ones, ones, ones, one, other);
+            }
+#pragma unroll
+            for (int t = 0; t < TILES; ++t) {
+              auto upper = words + (s * 2 * TILES + 2 * t) * Step::words;
+              auto lower = upper + Step::words;
+              tile_multiply<T>(parts + (t * ROW_TILES + r) * 4, weight_pair<BITS>(upper, p), weight_pair<BITS>(lower, p), weight_pair<BITS>(upper, p + 1), weight_pair<BITS>(lower, p + 1), one, other);
+            }
+          }
+        }
+      }
+#pragma unroll
+      for (int t = 0; t < TILES; ++t) {
+#pragma unroll
+        for (int half_tile = 0; half_tile < 2; ++half_tile) {
+          float scale = 1.0f;
+          float bias = 0.0f;
+          if (BITS != 0) {
+            ulong at = ulong(features[2 * t + half_tile]) * uint(in / Step::group) + uint(group + u);
+            scale = float(scales[at]);
+            bias = BITS == 8 ? float(biases[at]) / 17.0f : float(biases[at]);  // x and 16 x are in the total
+          }
+#pragma unroll
+          for (int r = 0; r < ROW_TILES; ++r) {
+#pragma unroll
+            for (int k = 0; k < 2; ++k) {
+              int i = (t * ROW_TILES + r) * 4 + 2 * half_tile + k;
+              if (BITS == 0) {
+                sums[i] = parts[i];
+              } else {
+                float total = totals[4 * r + k];
+                sums[i] = metal::fma(scale, metal::fma(-128.0f, total, parts[i]), sums[i]);
+                sums[i] = metal::fma(bias, total, sums[i]);
+              }
+            }
+          }
+        }
+      }
+    }
+  }
+}
