@@ -14,8 +14,8 @@
 //   tile_dots<T, BITS, GROUP, TILES, ROW_TILES, UNROLL, NORM>(
 //       data, scales, biases, features, x, rows, in, norm, from, to, lane, sums, squares);
 //
-// data, scales, biases: as in weights.h, BITS 4, 8, or 0 for dense; features[2 * TILES]: rows of
-// weights, of this lane; x T [.., in]; rows[ROW_TILES]: rows of x, of this lane; norm T [in],
+// data[TILES], scales[TILES], biases[TILES]: the matrix of each tile as in weights.h, BITS 4, 8, or
+// 0 for dense; features[2 * TILES]: rows of weights, of this lane; x T [.., in]; rows[ROW_TILES]: rows of x, of this lane; norm T [in],
 // multiplied to x if NORM; from .. to: groups of GROUP inputs (of 32 when dense), a multiple of
 // UNROLL many. Set: sums[(tile * ROW_TILES + row tile) * 4 ..]: feature tile_row with both rows,
 // then tile_row + 8; if NORM, squares[row tile * 4 ..]: products of rows of x with each other,
@@ -100,7 +100,8 @@ template <typename T, int BITS, int GROUP, int TILES, int ROW_TILES, int UNROLL,
 HELPER void tile_dots(D data, S scales, S biases, F features, X x, R rows, int in, N norm, int from, int to, uint lane, P sums, Q squares) {
   using Step = TileStep<BITS, GROUP>;
   const int steps = UNROLL * Step::count;
-  const int span = Step::words * 4 * int(sizeof(uint) / sizeof(*data));  // elements of data in a step
+  const int halves = Step::each / 2;  // words of x in a step
+  const int span = Step::words * 4 * int(sizeof(uint) / sizeof(*data[0]));  // elements of data in a step
   const int quarter = tile_quarter(lane);
   const uint ones = both_halves<T>(1.0f);
 #pragma unroll
@@ -113,20 +114,48 @@ HELPER void tile_dots(D data, S scales, S biases, F features, X x, R rows, int i
   }
 #pragma unroll 1
   for (int group = from; group < to; group += UNROLL) {
+    // all that is read, before any of it is used: the longest way first
     uint words[steps * 2 * TILES * Step::words];
+    float factors[BITS == 0 ? 1 : UNROLL * 2 * TILES];
+    float offsets[BITS == 0 ? 1 : UNROLL * 2 * TILES];
+    uint values[steps * ROW_TILES * halves];
+    uint weights[NORM ? steps * halves : 1];
 #pragma unroll
-    for (int s = 0; s < steps; ++s) {
+    for (int f = 0; f < 2 * TILES; ++f) {
 #pragma unroll
-      for (int f = 0; f < 2 * TILES; ++f) {
-        auto row = data + ulong(features[f]) * uint(in / Step::inputs * span);
+      for (int s = 0; s < steps; ++s) {
+        auto row = data[f / 2] + ulong(features[f]) * uint(in / Step::inputs * span);
         auto own = row + (group * Step::count + s) * span + quarter * (span / 4);
         load_words<Step::words>(own, words + (s * 2 * TILES + f) * Step::words);
       }
     }
+    if (BITS != 0) {
+#pragma unroll
+      for (int f = 0; f < 2 * TILES; ++f) {
+        ulong row = ulong(features[f]) * uint(in / Step::group);
+#pragma unroll
+        for (int u = 0; u < UNROLL; ++u) {
+          factors[u * 2 * TILES + f] = float(scales[f / 2][row + uint(group + u)]);
+          offsets[u * 2 * TILES + f] = float(biases[f / 2][row + uint(group + u)]);
+        }
+      }
+    }
+#pragma unroll
+    for (int s = 0; s < steps; ++s) {
+      int first = (group * Step::count + s) * Step::inputs + quarter * Step::each;
+#pragma unroll
+      for (int r = 0; r < ROW_TILES; ++r) {
+        load_words<halves>(x + ulong(rows[r]) * uint(in) + first, values + (s * ROW_TILES + r) * halves);
+      }
+      if (NORM) {
+        load_words<halves>(norm + first, weights + s * halves);
+      }
+    }
+    simdgroup_barrier(mem_flags::mem_none);  // no load is put off until it is needed
 #pragma unroll
     for (int u = 0; u < UNROLL; ++u) {
       float parts[TILES * ROW_TILES * 4];
-      float totals[ROW_TILES * 4];  // of x, both rows of the lane twice
+      float totals[ROW_TILES * 4];  // of x, for both rows of the lane twice
 #pragma unroll
       for (int i = 0; i < TILES * ROW_TILES * 4; ++i) {
         parts[i] = BITS == 0 ? sums[i] : 0.0f;
@@ -136,29 +165,22 @@ HELPER void tile_dots(D data, S scales, S biases, F features, X x, R rows, int i
         totals[i] = 0.0f;
       }
 #pragma unroll
-      for (int c = 0; c < Step::count; ++c) {
-        int s = u * Step::count + c;
-        int first = (group * Step::count + s) * Step::inputs + quarter * Step::each;
-        uint scale[Step::each / 2];
-        if (NORM) {
-          load_words<Step::each / 2>(norm + first, scale);
-        }
+      for (int s = u * Step::count; s < (u + 1) * Step::count; ++s) {
 #pragma unroll
         for (int r = 0; r < ROW_TILES; ++r) {
-          uint values[Step::each / 2];
-          load_words<Step::each / 2>(x + ulong(rows[r]) * uint(in) + first, values);
+          auto own = values + (s * ROW_TILES + r) * halves;
           if (NORM) {
 #pragma unroll
-            for (int i = 0; i < Step::each / 2; i += 2) {
-              tile_multiply<T>(squares + 4 * r, values[i], 0u, values[i + 1], 0u, tile_input(values[i], lane), tile_input(values[i + 1], lane));
-              values[i] = pair_product<T>(values[i], scale[i]);
-              values[i + 1] = pair_product<T>(values[i + 1], scale[i + 1]);
+            for (int i = 0; i < halves; i += 2) {
+              tile_multiply<T>(squares + 4 * r, own[i], 0u, own[i + 1], 0u, tile_input(own[i], lane), tile_input(own[i + 1], lane));
+              own[i] = pair_product<T>(own[i], weights[s * halves + i]);
+              own[i + 1] = pair_product<T>(own[i + 1], weights[s * halves + i + 1]);
             }
           }
 #pragma unroll
           for (int p = 0; p < Step::pairs; p += 2) {
-            uint one = tile_input(input_pair<T, BITS>(values, p), lane);
-            uint other = tile_input(input_pair<T, BITS>(values, p + 1), lane);
+            uint one = tile_input(input_pair<T, BITS>(own, p), lane);
+            uint other = tile_input(input_pair<T, BITS>(own, p + 1), lane);
             if (BITS != 0) {
               tile_multiply<T>(totals + 4 * r, ones, ones, ones, ones, one, other);
             }
@@ -172,30 +194,16 @@ HELPER void tile_dots(D data, S scales, S biases, F features, X x, R rows, int i
         }
       }
 #pragma unroll
-      for (int t = 0; t < TILES; ++t) {
-#pragma unroll
-        for (int half_tile = 0; half_tile < 2; ++half_tile) {
-          float scale = 1.0f;
-          float bias = 0.0f;
-          if (BITS != 0) {
-            ulong at = ulong(features[2 * t + half_tile]) * uint(in / Step::group) + uint(group + u);
-            scale = float(scales[at]);
-            bias = BITS == 8 ? float(biases[at]) / 17.0f : float(biases[at]);  // x and 16 x are in the total
-          }
-#pragma unroll
-          for (int r = 0; r < ROW_TILES; ++r) {
-#pragma unroll
-            for (int k = 0; k < 2; ++k) {
-              int i = (t * ROW_TILES + r) * 4 + 2 * half_tile + k;
-              if (BITS == 0) {
-                sums[i] = parts[i];
-              } else {
-                float total = totals[4 * r + k];
-                sums[i] = metal::fma(scale, metal::fma(-128.0f, total, parts[i]), sums[i]);
-                sums[i] = metal::fma(bias, total, sums[i]);
-              }
-            }
-          }
+      for (int i = 0; i < TILES * ROW_TILES * 4; ++i) {
+        if (BITS == 0) {
+          sums[i] = parts[i];
+        } else {
+          int f = i / (4 * ROW_TILES) * 2 + i % 4 / 2;
+          float total = totals[i / 4 % ROW_TILES * 4 + i % 2];
+          float factor = factors[u * 2 * TILES + f];
+          float offset = offsets[u * 2 * TILES + f];
+          sums[i] = metal::fma(factor, metal::fma(-128.0f, total, parts[i]), sums[i]);
+          sums[i] = metal::fma(BITS == 8 ? offset / 17.0f : offset, total, sums[i]);  // of x and 16 x
         }
       }
     }
