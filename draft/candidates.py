@@ -2,7 +2,8 @@
 
 A sort or a partition of 248,000 logits per slot would cost more than the draft itself. So: the
 maxima of runs of neighbouring ids are taken on the device, and since each of the `width` best
-tokens lies in one of the `width` best runs, only those runs are looked at on the host. Exact, and
+tokens lies in one of the `width` best runs, only those runs are looked at on the host. The kernels
+of a GPU find them all there, for one small array to be read back. Exact, and
 deterministic: equal logits are taken in the order of their ids.
 """
 
@@ -11,6 +12,8 @@ import numpy as np
 
 from specdec.errors import NonFiniteError
 from specdec.kernels.array import Array, OnCpu, is_numpy
+from specdec.kernels.executor import uses_gpu_kernels
+from specdec.kernels.top_tokens import top_tokens
 from specdec.tree.block import Block
 
 cpu = OnCpu("candidates")
@@ -31,6 +34,8 @@ def top_candidates(logits: Array, width: int) -> Block:
         tokens, log_probs, log_totals = cpu.top_candidates(logits, width)
         _check(log_totals)
         return Block(tokens, np.minimum(log_probs - log_totals, 0.0))
+    if uses_gpu_kernels():
+        return as_block(np.array(top_tokens(logits, width)))
     logits = logits.astype(mx.float32)
     whole = vocab // _RUN * _RUN
     tops = [logits[:, :whole].reshape(slots, -1, _RUN).max(axis=-1)]
@@ -55,6 +60,16 @@ def top_candidates(logits: Array, width: int) -> Block:
         tokens[slot], log_probs[slot] = ids[best], values[best]
     # logsumexp may round to just below the largest logit
     return Block(tokens, np.minimum(log_probs - log_totals, 0.0))
+
+
+def as_block(found: np.ndarray) -> Block:
+    """What kernels.top_tokens found, int32 [slots, 2 * width + 3]; NonFiniteError as above."""
+    width = (found.shape[1] - 3) // 2
+    floats = found[:, width:-1].view(np.float32).astype(np.float64)
+    with np.errstate(invalid="ignore"):
+        log_totals = floats[:, -2:-1] + np.log(floats[:, -1:])
+    _check(log_totals)
+    return Block(found[:, :width], np.minimum(floats[:, :width] - log_totals, 0.0))
 
 
 def _check(log_totals: np.ndarray) -> None:

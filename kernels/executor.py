@@ -33,6 +33,11 @@ def use_gpu_kernels(on: bool) -> None:
     _executor.gpu_kernels = on
 
 
+def uses_gpu_kernels() -> bool:
+    """Whether they do."""
+    return _executor.gpu_kernels
+
+
 @contextmanager
 def gpu_kernels(on: bool = True) -> Iterator[None]:
     """`use_gpu_kernels` for a while."""

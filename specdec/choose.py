@@ -9,7 +9,8 @@ from collections.abc import Sequence
 import mlx.core as mx
 import numpy as np
 
-from specdec.kernels.array import Array, is_numpy, start
+from specdec.kernels.array import Array, is_numpy
+from specdec.target.pending import Verdict
 from specdec.tree.block import Block
 from specdec.tree.build import build
 from specdec.tree.draft_tree import DraftTree
@@ -26,8 +27,6 @@ def greedy(logits: Array) -> np.ndarray:
 class Greedy:
     """Takes the most probable token after every row: found on the device, read back at once."""
 
-    _ahead: tuple[Array | None, Array | None] = (None, None)  # logits and what was chosen
-
     def width(self, budget: int) -> int:
         """How many candidates of every slot the draft must name for a tree of `budget` nodes."""
         return budget
@@ -40,20 +39,20 @@ class Greedy:
         """The token after the prompt: logits [1, vocab]."""
         return self.walk(DraftTree.root(0), logits)[1]
 
-    def ahead(self, logits: Array) -> Array | None:
+    def ahead(self, verdict: Verdict) -> Array | None:
         """int32 [1]: the token after a lone root, found on the device without the host; None where
-        it cannot be. logits [1, vocab], on a GPU."""
-        self._ahead = logits, mx.argmax(logits, axis=-1).astype(mx.int32)
-        start(self._ahead[1])  # by itself: to read it back is not to wait for what follows
-        return self._ahead[1]
+        it cannot be."""
+        return verdict.lone_token
 
-    def walk(self, tree: DraftTree, logits: Array) -> tuple[tuple[int, ...], int]:
-        """The rows to commit, the root first, and the bonus token: logits [rows, vocab].
+    def walk(
+        self, tree: DraftTree, logits: Array, verdict: Verdict | None = None
+    ) -> tuple[tuple[int, ...], int]:
+        """The rows to commit, the root first, and the bonus token: logits [rows, vocab], and what
+        a GPU says of them.
 
         Changes nothing, so that a round can be run again after an error.
         """
-        found, self._ahead = self._ahead, (None, None)
-        chosen = np.array(found[1]) if found[0] is logits else greedy(logits)
+        chosen = greedy(logits) if verdict is None else verdict.best
         return walk(tree, lambda row: int(chosen[row]))
 
     def commit(self, tokens: Sequence[int]) -> None:

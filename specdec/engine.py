@@ -114,11 +114,11 @@ class Engine:
         times.append(perf_counter())
         output = self.target.verify(tree)
         # the next round is a lone root as well
-        if limit == 1 and not self._drafting and self.target.compiled:
-            following = self.chooser.ahead(output.logits)
+        if limit == 1 and not self._drafting and self.target.compiled and output.verdict:
+            following = self.chooser.ahead(output.verdict)
             if following is not None:
                 self.target.look_ahead(following)
-        path, bonus = self.chooser.walk(tree, output.logits)
+        path, bonus = self.chooser.walk(tree, output.logits, output.verdict)
         times.append(perf_counter())
         taps = [output.taps[self.target.backend.index(path)]] if self._drafting else []
         with Interrupts():  # a round is committed as a whole or not at all

@@ -11,6 +11,7 @@ from specdec.kernels.array import Array, is_numpy
 from specdec.processors import distribution, penalized
 from specdec.sampling import Sampling
 from specdec.seen import Seen
+from specdec.target.pending import Verdict
 from specdec.tree.draft_tree import DraftTree
 from specdec.tree.walk import walk
 from specdec.uniforms import TARGET, uniforms
@@ -26,13 +27,15 @@ class Matching(Greedy):
     def __init__(self, sampling: Sampling) -> None:
         self._sampling, self._seen, self._length = sampling, Seen(), 0
 
-    def ahead(self, logits: Array) -> None:
+    def ahead(self, verdict: Verdict) -> None:
         return None  # drawn on the host
 
     def first(self, logits: Array) -> int:
         return self._token(host_rows(logits)[0], [])
 
-    def walk(self, tree: DraftTree, logits: Array) -> tuple[tuple[int, ...], int]:
+    def walk(
+        self, tree: DraftTree, logits: Array, verdict: Verdict | None = None
+    ) -> tuple[tuple[int, ...], int]:
         rows, path = host_rows(logits), list[int]()
 
         def choose(row: int) -> int:

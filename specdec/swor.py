@@ -17,6 +17,7 @@ from specdec.kernels.array import Array
 from specdec.matching import Matching, host_rows
 from specdec.residual import accept
 from specdec.sampling import Sampling
+from specdec.target.pending import Verdict
 from specdec.tree.block import Block
 from specdec.tree.build import build
 from specdec.tree.draft_tree import DraftTree
@@ -49,7 +50,9 @@ class Swor(Matching):
         rows = int(np.isfinite(tree.log_weights).sum())  # beyond what q holds nothing is drawn
         return tree.first(rows)
 
-    def walk(self, tree: DraftTree, logits: Array) -> tuple[tuple[int, ...], int]:
+    def walk(
+        self, tree: DraftTree, logits: Array, verdict: Verdict | None = None
+    ) -> tuple[tuple[int, ...], int]:
         rows, path, tokens = host_rows(logits), [0], [int(tree.tokens[0])]
         while True:
             children = np.flatnonzero(tree.parents == path[-1])

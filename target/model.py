@@ -21,12 +21,12 @@ from specdec.kernels.array import (
     evaluate,
     finite_rows,
     start,
-    to_numpy,
 )
 from specdec.kernels.layout import TreeLayout
 from specdec.kernels.linear import embed, linear
 from specdec.kernels.norm import Norm
 from specdec.kernels.rope import Rope
+from specdec.kernels.top_tokens import verdict
 from specdec.kernels.weight import Weight
 from specdec.target.attention import Attention
 from specdec.target.config import FULL, TargetConfig
@@ -36,7 +36,7 @@ from specdec.target.layer_clock import LayerClock
 from specdec.target.manifest import Manifest
 from specdec.target.mlp import MLP, MoE
 from specdec.target.passes import Pass, PromptPass, TreePass
-from specdec.target.pending import Output, Pending
+from specdec.target.pending import Output, Pending, Verdict
 from specdec.target.prefetch import Prefetcher
 from specdec.target.state import State
 from specdec.target.tensors import Tensors
@@ -202,12 +202,14 @@ class Target:
 
     def _begin(self, tokens: Array, this: TreePass) -> Pending:
         run = self._graph if self.compiled else self._verify
-        logits, taps, finite = run(tokens, this)
+        logits, taps, found = run(tokens, this)
         # Slots must not be filled anew while a graph that reads them waits.
         begin = start if self.experts.all_pinned else evaluate
-        begin(logits, taps, finite, *this.arrays())
+        begin(logits, taps, found, *this.arrays())
         self.prefetcher.passed()
-        return Pending(tokens, this, Output(logits, taps), finite)
+        if self.backend.on_gpu:
+            return Pending(tokens, this, Output(logits, taps, Verdict(found)), None)
+        return Pending(tokens, this, Output(logits, taps), found)
 
     def commit(self, path: Sequence[int]) -> None:
         """Make a path of the verified tree (rows, the root first) part of the state.
@@ -218,7 +220,7 @@ class Target:
         pending, self._pending = self._pending, None
         ahead, self._ahead = self._ahead, None
         tokens = pending.host_tokens()
-        if not to_numpy(pending.finite)[list(path)].all():
+        if not pending.host_finite()[list(path)].all():
             rows = tokens[list(path)]
             self._refuse(rows, TreePass(self.state, self.rope, TreeLayout.chain(len(rows))))
         self._count(tokens, pending.this, list(path))
@@ -229,10 +231,10 @@ class Target:
             self._ahead = ahead
 
     def _verify(self, tokens: Array, this: TreePass) -> tuple[Array, Array, Array]:
-        """Logits, taps, and which rows of the logits are finite."""
+        """Logits, taps, and which rows of the logits are finite, on a GPU as a verdict."""
         hidden, taps = self._forward(tokens, this)
         logits = self._logits(hidden)
-        return logits, taps, finite_rows(logits)
+        return logits, taps, (verdict if self.backend.on_gpu else finite_rows)(logits)
 
     def _forward(self, tokens: Array, this: Pass, probe: bool = False) -> tuple:
         """Hidden rows after the last layer [rows, hidden], and the taps [rows, taps * hidden].

@@ -1,7 +1,9 @@
 """Pending: a verify pass that was begun and is not committed."""
 
 from dataclasses import dataclass
+from functools import cached_property
 
+import mlx.core as mx
 import numpy as np
 
 from specdec.kernels.array import Array, to_numpy
@@ -9,24 +11,60 @@ from specdec.target.passes import TreePass
 
 
 @dataclass(frozen=True, eq=False)
+class Verdict:
+    """What a GPU found of the logits of each row (kernels.top_tokens), read back together, once.
+
+    rows: int32 [rows, 2].
+    """
+
+    rows: mx.array
+
+    @cached_property
+    def _host(self) -> np.ndarray:
+        return np.array(self.rows)
+
+    @property
+    def best(self) -> np.ndarray:
+        """int32 [rows]: the most probable token, the lowest id among equals."""
+        return self._host[:, 0]
+
+    @property
+    def finite(self) -> np.ndarray:
+        """bool [rows]"""
+        return self._host[:, 1] != 0
+
+    @property
+    def lone_token(self) -> mx.array:
+        """int32 [1]: the most probable token after a lone root, on the device."""
+        return self.rows[0, :1]
+
+
+@dataclass(frozen=True, eq=False)
 class Output:
     """logits [rows, vocab] and taps [rows, taps * hidden] (the tapped layers' outputs in order).
 
-    Of a prefill, logits has the last row alone unless all were asked for.
+    Of a prefill, logits has the last row alone unless all were asked for. verdict: of a verify
+    pass on a GPU.
     """
 
     logits: Array
     taps: Array
+    verdict: Verdict | None = None
 
 
 @dataclass(frozen=True, eq=False)
 class Pending:
-    """tokens int32 [rows], maybe known to the device alone; finite bool [rows], of the logits."""
+    """tokens int32 [rows], maybe known to the device alone; finite bool [rows], of the logits,
+    where there is no verdict."""
 
     tokens: Array
     this: TreePass
     output: Output
-    finite: Array
+    finite: Array | None
 
     def host_tokens(self) -> np.ndarray:
         return to_numpy(self.tokens)
+
+    def host_finite(self) -> np.ndarray:
+        verdict = self.output.verdict
+        return to_numpy(self.finite) if verdict is None else verdict.finite
