@@ -11,6 +11,8 @@ import numpy as np
 from specdec.kernels.array import Array, is_numpy
 from specdec.kernels.gpu.kernel import Launch, MetalKernel
 from specdec.kernels.gpu.limits import FLOATS, GROUPS, MAX_ROWS, PACKED, Unsupported
+from specdec.kernels.gpu.linear_tiles import LARGE, linear_tiles
+from specdec.kernels.gpu.tiles import tiles_for
 from specdec.kernels.norm import Norm
 from specdec.kernels.weight import Weight
 
@@ -49,6 +51,7 @@ def linear(
         weight.group_size,
         None if norm is None else norm.weight.dtype,
         None if residual is None else residual.dtype,
+        tiles_for(x.dtype, weight.bits, weight.group_size, x.shape[1]),
     )
     # the place of what is not used is taken by any array
     if scales is None:
@@ -80,8 +83,9 @@ def _linear(
     group_size: int,
     norm_dtype: mx.Dtype | None,
     residual_dtype: mx.Dtype | None,
+    tiles: bool,
 ) -> Launch:
-    """x, data: shapes. weight_dtype: of scales, or of dense weights."""
+    """x, data: shapes. weight_dtype: of scales, or of dense weights. tiles: tiles.h takes it."""
     _check("linear", data, weight_dtype, bits, group_size)
     if not 1 <= x[0] <= MAX_ROWS:
         raise Unsupported(f"kernel linear: {x[0]} rows, expected 1 to {MAX_ROWS}")
@@ -90,6 +94,9 @@ def _linear(
         if found is not None and found != dtype:
             raise Unsupported(f"kernel linear: {name} of {found}, expected {dtype} as x")
     rows, outs = x[0], data[0]
+    if tiles and x[1] * outs >= LARGE:
+        extras = norm_dtype is not None, residual_dtype is not None
+        return linear_tiles(rows, x[1], outs, dtype, bits, group_size, *extras)
     most = 1 << (rows - 1).bit_length()
     split = _split(x[1], outs)
     each = _features(outs * split, most)

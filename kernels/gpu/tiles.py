@@ -1,0 +1,51 @@
+"""Whether products are made on matrix units (tiles.h).
+
+It decides in which order sums are added, so it depends on nothing but the type of floats and how a
+weight is kept: never on the number of rows.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import mlx.core as mx
+
+TILE_FEATURES = 16
+TILE_ROWS = 8
+
+
+class _Tiles:
+    on = mx.cuda.is_available()  # no Apple GPU has shown that they are faster there
+
+
+_tiles = _Tiles()
+
+
+def tiles_on() -> bool:
+    """Whether they are wanted."""
+    return _tiles.on
+
+
+@contextmanager
+def use_tiles(on: bool = True) -> Iterator[None]:
+    """Matrix units, or none, for a while."""
+    before = _tiles.on
+    _tiles.on = on
+    try:
+        yield
+    finally:
+        _tiles.on = before
+
+
+def tiles_for(dtype: mx.Dtype, bits: int, group_size: int, inputs: int) -> bool:
+    """Whether tiles.h multiplies x of this type with rows of `inputs` weights kept so."""
+    return (
+        _tiles.on
+        and dtype == mx.bfloat16
+        and (bits == 0 or (bits in (4, 8) and group_size in (32, 64, 128)))
+        and inputs % (group_size if bits else 32) == 0
+    )
+
+
+def groups_of(bits: int, group_size: int, inputs: int) -> int:
+    """Into how many groups tiles.h divides a row of weights."""
+    return inputs // (group_size if bits else 32)
