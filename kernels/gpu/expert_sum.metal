@@ -21,15 +21,7 @@ int simdgroups = int(simdgroups_per_threadgroup);
 int threads = 32 * simdgroups;
 
 if (!APART) {
-  for (int i = first; i < rows * EACH; i += threads) {
-    int row = i / EACH;
-    int rank = i % EACH;
-    if (rank < TOP_K) {
-      amounts[i] = factors[row * TOP_K + rank];
-    } else if (WITH_SHARED) {
-      amounts[i] = 1.0f / (1.0f + metal::exp(-float(gate[row * gate_shape[1] + GATE])));
-    }
-  }
+  set_amounts<TOP_K, WITH_SHARED>(factors, gate + GATE, WITH_SHARED ? gate_shape[1] : 0, rows, amounts, first, threads);
 }
 
 if (WITH_SHARED) {
@@ -95,23 +87,7 @@ for (int from = simdgroup; ROUTED && from < used_shape[0]; from += 32 * simdgrou
 threadgroup_barrier(mem_flags::mem_threadgroup);
 
 if (APART) {
-  for (int i = first; i < rows * TOP_K * 8; i += threads) {
-    int pair = i / 8;
-    int place = (pair / TOP_K * EACH + pair % TOP_K) * 8 + i % 8;
-    out[pair * features + feature + i % 8] = O(table[experts[pair]] < 0 ? 0.0f : outputs[place]);
-  }
+  keep_apart<O, TOP_K, EACH, 8>(outputs, experts, table, rows, features, feature, out, first, threads);
 } else {
-  for (int i = first; i < rows * 8; i += threads) {
-    int row = i / 8;
-    int f = i % 8;
-    float sum = 0.0f;
-    for (int k = 0; k < TOP_K; ++k) {
-      float output = ROUTED ? outputs[(row * EACH + k) * 8 + f] : float(apart[(row * TOP_K + k) * features + feature + f]);
-      sum = metal::fma(amounts[row * EACH + k], output, sum);
-    }
-    if (WITH_SHARED) {
-      sum = metal::fma(amounts[row * EACH + TOP_K], outputs[(row * EACH + TOP_K) * 8 + f], sum);
-    }
-    out[row * features + feature + f] = O(float(x[row * features + feature + f]) + sum);
-  }
+  add_outputs<O, TOP_K, EACH, 8, ROUTED, WITH_SHARED>(x, outputs, amounts, apart, rows, features, feature, out, first, threads);
 }

@@ -1,28 +1,5 @@
-// What an expert computes for up to ROWS rows at once, by one simdgroup. After weights.h and
-// simd_sums.h.
-
-HELPER int lowest_bit(uint mask) {
-  return int(metal::popcount((mask & (0u - mask)) - 1u));
-}
-
-// the mask without its `count` lowest rows
-HELPER uint without_lowest(uint mask, int count) {
-  for (int i = 0; i < count; ++i) {
-    mask &= mask - 1u;
-  }
-  return mask;
-}
-
-// which of a row's experts this one is
-template <int TOP_K, typename E>
-HELPER int rank_of(E own, int expert) {
-  int rank = 0;
-#pragma unroll
-  for (int k = 0; k < TOP_K; ++k) {
-    rank = own[k] == expert ? k : rank;
-  }
-  return rank;
-}
+// What an expert computes for up to ROWS rows at once, by one simdgroup. After weights.h,
+// simd_sums.h and entries.h.
 
 // What OUTS chunks of weights, of the values from `first` on, add to the sums of row_dots.
 template <typename T, int OUTS, int ROWS, int IN, bool NORM, typename C, typename X, typename I, typename N, typename P>

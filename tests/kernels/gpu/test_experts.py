@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from specdec.kernels.experts import ExpertWeights, SharedExpert
-from specdec.kernels.gpu import experts as gpu
+from specdec.kernels.gpu import expert_launches as gpu
 from specdec.kernels.gpu.experts import (
     combine,
     experts_apart,
@@ -272,9 +272,11 @@ def test_kernels_compile_for_cuda(rows, tmp_path):
     b, f, u, i = mx.bfloat16, mx.float32, mx.uint32, mx.int32
     packed = [((256, 512, 256), 4, 64, b)] * 2 + [((256, 2048, 64), 4, 64, b)]
     alone = [((512, 256), 4, 64, b)] * 2 + [((2048, 64), 4, 64, b)]
-    first, second = gpu._launches(
-        (rows, 2048), b, b, 8, 8 * rows, tuple(packed), tuple(alone), (256, b), None, False
+    pair = gpu.launches(
+        (rows, 2048), b, b, 8, 8 * rows, tuple(packed), tuple(alone), (256, b), None, False, False
     )
+    assert pair is not None
+    first, second = pair
     assert first is not None
     matrix = [u, b, b]
     sources = [

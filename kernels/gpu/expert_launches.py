@@ -1,0 +1,179 @@
+"""The launches of experts: by lanes, whatever floats and packing, or on matrix units."""
+
+from functools import cache
+
+import mlx.core as mx
+
+from specdec.kernels.gpu import expert_tiles
+from specdec.kernels.gpu.expert_formats import Formats, inner_of, packing
+from specdec.kernels.gpu.expert_tiles import (
+    HIDDEN_INPUTS,
+    PACKING,
+    SUM_INPUTS,
+    UNUSED,
+    bank_on_tiles,
+    shared_on_tiles,
+)
+from specdec.kernels.gpu.kernel import Launch, MetalKernel
+from specdec.kernels.gpu.limits import MAX_ROWS, Unsupported
+
+MAX_TOP_K = 16
+SHARING = 2  # rows that share one reading of an expert, at most
+HIDDEN_SIMDGROUPS = 4  # of a threadgroup of expert_hidden
+SUM_FEATURES = 8  # of a threadgroup of expert_sum
+SUM_SIMDGROUPS = 8
+
+HELPERS = ("weights.h", "simd_sums.h", "entries.h", "experts.h")
+EXPERT_HIDDEN = MetalKernel(
+    "expert_hidden",
+    inputs=HIDDEN_INPUTS,
+    outputs=("hidden", "shared_hidden"),
+    template=("T", *PACKING, "HIDDEN", "FEATURES", "TOP_K", "ROWS", "ROUTED", "WITH_SHARED"),
+    helpers=HELPERS,
+)
+EXPERT_SUM = MetalKernel(
+    "expert_sum",
+    inputs=SUM_INPUTS,
+    outputs=("out",),
+    template=(
+        *("T", "O", *PACKING, "TOP_K", "ROWS", "MOST"),
+        *("GATE", "ROUTED", "WITH_SHARED", "APART"),
+    ),
+    helpers=HELPERS,
+)
+
+
+@cache
+def launches(
+    x: tuple[int, ...],
+    dtype: mx.Dtype,
+    norm_dtype: mx.Dtype,
+    top_k: int,
+    used: int,
+    bank: Formats | None,
+    shared: Formats | None,
+    gate: tuple[int, mx.Dtype] | None,
+    apart: mx.Dtype | None,
+    keep_apart: bool,
+    tiles: bool,
+) -> tuple[Launch | None, Launch] | None:
+    """The two launches; of the first there is none where no expert is computed, and neither where
+    routed experts are computed on matrix units and the shared one is not, or the other way round.
+
+    x: shape. used: entries of the union. gate: column of the shared expert's gate, dtype of its
+    rows. apart: dtype. tiles: whether matrix units are wanted, tiles_on().
+    """
+    rows, hidden = x
+    if not 1 <= rows <= MAX_ROWS:
+        raise Unsupported(f"kernel expert_hidden: {rows} rows, expected 1 to {MAX_ROWS}")
+    if not 1 <= top_k <= MAX_TOP_K:
+        raise Unsupported(f"kernel expert_hidden: top {top_k}, expected 1 to {MAX_TOP_K}")
+    if hidden % SUM_FEATURES:
+        raise Unsupported(f"kernel expert_sum: {hidden} features, expected a multiple of 8")
+    if apart is not None and apart != mx.float32:
+        raise Unsupported(f"kernel expert_sum: outputs of {apart}, expected float32")
+    for what, found in (("norm", norm_dtype), ("gate", gate[1] if gate else None)):
+        if found is not None and found != dtype:
+            raise Unsupported(f"kernel expert_sum: {what} of {found}, expected {dtype} as x")
+    inners = inner_of(bank, dtype, hidden, "bank"), inner_of(shared, dtype, hidden, "shared expert")
+    ways = {bank_on_tiles(bank, top_k)} if bank else set()
+    ways |= {shared_on_tiles(shared)} if shared else set()
+    if len(ways) == 2:
+        return None
+    given = top_k, used, bank, shared, *inners
+    column = gate[0] if gate else 0
+    if tiles and ways == {True}:
+        return (
+            expert_tiles.hidden_launch(rows, dtype, *given),
+            expert_tiles.sum_launch(rows, hidden, dtype, *given, column, keep_apart),
+        )
+    return (
+        _hidden_launch(rows, hidden, dtype, *given) if ways else None,
+        _sum_launch(rows, hidden, dtype, *given, column, keep_apart),
+    )
+
+
+def _hidden_launch(
+    rows: int,
+    hidden: int,
+    dtype: mx.Dtype,
+    top_k: int,
+    used: int,
+    bank: Formats | None,
+    shared: Formats | None,
+    inner: int,
+    shared_inner: int,
+) -> Launch:
+    tile = min(1 << (rows - 1).bit_length(), SHARING)
+    features = 2 if rows == 1 else 4  # of a simdgroup: one row alone needs more simdgroups
+    block = features * HIDDEN_SIMDGROUPS
+    threads = 32 * HIDDEN_SIMDGROUPS
+    entries = _entries(rows, tile, used, bank, shared)
+    return EXPERT_HIDDEN.launch(
+        [
+            (rows * top_k, inner) if bank else UNUSED,
+            (rows, shared_inner) if shared else UNUSED,
+        ],
+        [mx.float32, mx.float32],
+        grid=(-(-max(inner, shared_inner) // block) * threads, entries, 1),
+        threadgroup=(threads, 1, 1),
+        template={
+            "T": dtype,
+            **packing(bank, 0, ""),
+            **packing(shared, 0, "SHARED_"),
+            "INNER": inner,
+            "SHARED_INNER": shared_inner,
+            "HIDDEN": hidden,
+            "FEATURES": features,
+            "TOP_K": top_k,
+            "ROWS": tile,
+            "ROUTED": bank is not None,
+            "WITH_SHARED": shared is not None,
+        },
+    )
+
+
+def _sum_launch(
+    rows: int,
+    hidden: int,
+    dtype: mx.Dtype,
+    top_k: int,
+    used: int,
+    bank: Formats | None,
+    shared: Formats | None,
+    inner: int,
+    shared_inner: int,
+    gate: int,
+    keep_apart: bool,
+) -> Launch:
+    most = 1 << (rows - 1).bit_length()
+    tile = min(most, SHARING)
+    entries = _entries(rows, tile, used, bank, shared)
+    # several rows need so many registers that 16 simdgroups might not fit
+    threads = 32 * max(1, min(entries, 16 if rows == 1 else SUM_SIMDGROUPS))
+    return EXPERT_SUM.launch(
+        [(rows, top_k, hidden) if keep_apart else (rows, hidden)],
+        [mx.float32 if keep_apart else dtype],
+        grid=(hidden // SUM_FEATURES * threads, 1, 1),
+        threadgroup=(threads, 1, 1),
+        template={
+            "T": dtype,
+            "O": mx.float32 if keep_apart else dtype,
+            **packing(bank, 2, ""),
+            **packing(shared, 2, "SHARED_"),
+            "INNER": inner,
+            "SHARED_INNER": shared_inner,
+            "TOP_K": top_k,
+            "ROWS": tile,
+            "MOST": most,
+            "GATE": gate,
+            "ROUTED": bank is not None,
+            "WITH_SHARED": shared is not None,
+            "APART": keep_apart,
+        },
+    )
+
+
+def _entries(rows: int, tile: int, used: int, bank: Formats | None, shared: Formats | None) -> int:
+    """What simdgroups take in turns; the shared expert's rows are computed `tile` by `tile`."""
+    return (bank is not None) * used + (shared is not None) * -(-rows // tile)

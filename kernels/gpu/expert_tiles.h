@@ -1,0 +1,122 @@
+// What an expert computes on matrix units. After entries.h and tiles.h.
+
+// A matrix of T as tile_dots takes it: one pointer of each kind for each of TILES tiles.
+template <int TILES, typename D, typename S>
+struct TileWeights {
+  D data[TILES];
+  S scales[TILES];
+  S biases[TILES];
+};
+
+template <typename D, typename S>
+HELPER TileWeights<1, D, S> tile_weights(D data, S scales, S biases) {
+  TileWeights<1, D, S> one;
+  one.data[0] = data;
+  one.scales[0] = scales;
+  one.biases[0] = biases;
+  return one;
+}
+
+template <typename D, typename S>
+HELPER TileWeights<2, D, S> tile_weights(D data, S scales, S biases, D up, S up_scales, S up_biases) {
+  TileWeights<2, D, S> two;
+  two.data[0] = data;
+  two.scales[0] = scales;
+  two.biases[0] = biases;
+  two.data[1] = up;
+  two.scales[1] = up_scales;
+  two.biases[1] = up_biases;
+  return two;
+}
+
+// which of the mask's rows is number n, its lowest if it has not so many
+HELPER int row_number(uint mask, int n) {
+  uint left = without_lowest(mask, n);
+  return lowest_bit(left != 0 ? left : mask);
+}
+
+// Features first .. + 16 * SIMDGROUPS / SPLIT - 1 of silu(gate h) * (up h), h = rms_norm(x), by a
+// threadgroup for the rows of a mask -> out T [rows * TOP_K, inner] at the places of the pairs, [rows,
+// inner] if TOP_K is 0. A simdgroup has 16 rows of gate and of up, and a share of the inputs in SPLIT.
+// both: gate and up, of which feature 0 is row `base`; shares, lengths: threadgroup memory.
+template <typename T, int BITS, int GROUP, int SPLIT, int SIMDGROUPS, int UNROLL, int TOP_K, typename W, typename X, typename N, typename E, typename O, typename P>
+HELPER void tile_hidden(W both, int base, int in, int inner, int first, X x, N norm, float eps, uint mask, int expert, E experts, O out, P shares, P lengths, int self) {
+  const int stride = 36;  // of 32 features: lanes of a tile write to different banks
+  const int block = 16 * (SIMDGROUPS / SPLIT);
+  uint lane = uint(self % 32);
+  int simdgroup = self / 32;
+  int own_row = tile_row(lane);
+  int pair = 2 * tile_quarter(lane);
+  int groups = in / TileStep<BITS, GROUP>::group / SPLIT;
+  int from = simdgroup % SPLIT * groups;
+  int features[4];
+#pragma unroll
+  for (int f = 0; f < 4; ++f) {
+    features[f] = base + metal::min(first + simdgroup / SPLIT * 16 + f % 2 * 8 + own_row, inner - 1);
+  }
+#pragma unroll 1
+  for (uint left = mask; left != 0; left = without_lowest(left, 8)) {
+    int count = metal::min(int(metal::popcount(left)), 8);
+    int inputs[1];
+    inputs[0] = row_number(left, own_row);
+    float sums[8];
+    float squares[4];
+    tile_dots<T, BITS, GROUP, 2, 1, UNROLL, true>(both.data, both.scales, both.biases, features, x, inputs, in, norm, from, from + groups, lane, sums, squares);
+    if (left != mask) {
+      threadgroup_barrier(mem_flags::mem_threadgroup);  // the rows before these have been read
+    }
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      shares[(simdgroup * 8 + pair + i % 2) * stride + i / 2 * 8 + own_row] = sums[i];
+    }
+    if (tile_square(lane)) {
+      lengths[simdgroup * 8 + own_row] = own_row % 2 ? squares[1] : squares[0];
+    }
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+    for (int i = self; i < count * block; i += 32 * SIMDGROUPS) {
+      int n = i / block;
+      int feature = first + i % block;
+      int start = i % block / 16 * SPLIT;
+      float gated = 0.0f;
+      float upper = 0.0f;
+      float square = 0.0f;
+#pragma unroll
+      for (int p = start; p < start + SPLIT; ++p) {
+        gated = gated + shares[(p * 8 + n) * stride + i % 16];
+        upper = upper + shares[(p * 8 + n) * stride + 16 + i % 16];
+        square = square + lengths[p * 8 + n];
+      }
+      float scale = metal::rsqrt(metal::fma(square, 1.0f / float(in), eps));
+      gated = gated * scale;
+      if (feature < inner) {
+        int row = row_number(left, n);
+        int place = TOP_K == 0 ? row : row * TOP_K + rank_of<TOP_K>(experts + row * TOP_K, expert);
+        out[place * inner + feature] = T(gated / (1.0f + metal::exp(-gated)) * (upper * scale));
+      }
+    }
+  }
+}
+
+// 16 features, from row `base` of down, of down h for up to 8 rows by one simdgroup: lane r says where
+// the r-th row lies in hidden T [.., inner] and, if r < count, where in out [.., 16] its outputs go.
+template <typename T, int BITS, int GROUP, int UNROLL, typename W, typename X, typename P>
+HELPER void tile_outputs(W down, int base, int inner, X hidden, int count, int source, int place, P out, uint lane) {
+  int own_row = tile_row(lane);
+  int pair = 2 * tile_quarter(lane);
+  int features[2];
+  features[0] = base + own_row;
+  features[1] = base + own_row + 8;
+  int inputs[1];
+  inputs[0] = simd_shuffle(source, uint(own_row));
+  float sums[4];
+  float squares[4];
+  tile_dots<T, BITS, GROUP, 1, 1, UNROLL, false>(down.data, down.scales, down.biases, features, hidden, inputs, inner, hidden, 0, inner / TileStep<BITS, GROUP>::group, lane, sums, squares);
+#pragma unroll
+  for (int k = 0; k < 2; ++k) {
+    int at = 16 * simd_shuffle(place, uint(pair + k)) + own_row;
+    if (pair + k < count) {
+      out[at] = sums[k];
+      out[at + 8] = sums[2 + k];
+    }
+  }
+}

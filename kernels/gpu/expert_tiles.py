@@ -1,0 +1,193 @@
+"""The two launches of experts on matrix units (tiles.h), bfloat16.
+
+What decides about bits, whether an expert's formats are taken and into how many shares a sum is
+split, depends on its own formats alone: neither on rows nor on what else the launch computes.
+"""
+
+import mlx.core as mx
+
+from specdec.kernels.gpu.expert_formats import Format, Formats, packing
+from specdec.kernels.gpu.kernel import Launch, MetalKernel
+from specdec.kernels.gpu.limits import MAX_ROWS
+from specdec.kernels.gpu.tiles import TILE_FEATURES, TILE_ROWS, groups_of, tiles_for
+
+SPLIT = 8  # shares of the inputs of gate and up, at most
+HIDDEN_SIMDGROUPS = 8  # of a threadgroup of expert_hidden_tiles, a multiple of SPLIT
+SUM_SIMDGROUPS = 16  # of a threadgroup of expert_sum_tiles, at most; registers allow no more
+WORDS = 32  # of weights that a lane reads at once, at most
+MEMORY = 32768  # bytes of a threadgroup
+UNUSED = (8,)  # shape of an output that is not written; kernels load from arrays of 8 elements
+
+
+def _matrix(name: str) -> tuple[str, str, str]:
+    return name, f"{name}_scales", f"{name}_biases"
+
+
+HIDDEN_INPUTS = (
+    *("x", "norm", "eps"),
+    *(*_matrix("gate"), *_matrix("up")),
+    *(*_matrix("shared_gate"), *_matrix("shared_up")),
+    *("used", "experts", "table"),
+)
+SUM_INPUTS = (
+    *("x", "hidden", "shared_hidden"),
+    *(*_matrix("down"), *_matrix("shared_down")),
+    *("used", "experts", "table", "factors", "gate", "apart"),
+)
+PACKING = ("BITS", "GROUP", "INNER", "SHARED_BITS", "SHARED_GROUP", "SHARED_INNER")
+HELPERS = ("tiles.h", "entries.h", "expert_tiles.h")
+EXPERT_HIDDEN_TILES = MetalKernel(
+    "expert_hidden_tiles",
+    inputs=HIDDEN_INPUTS,
+    outputs=("hidden", "shared_hidden"),
+    template=(
+        *("T", *PACKING, "SPLIT", "UNROLL", "SHARED_SPLIT", "SHARED_UNROLL", "SIMDGROUPS"),
+        *("TOP_K", "ROUTED", "WITH_SHARED"),
+    ),
+    helpers=HELPERS,
+)
+EXPERT_SUM_TILES = MetalKernel(
+    "expert_sum_tiles",
+    inputs=SUM_INPUTS,
+    outputs=("out",),
+    template=(
+        *("T", "O", *PACKING, "UNROLL", "SHARED_UNROLL", "TOP_K", "MOST"),
+        *("GATE", "ROUTED", "WITH_SHARED", "APART"),
+    ),
+    helpers=HELPERS,
+)
+
+
+def bank_on_tiles(formats: Formats, top_k: int) -> bool:
+    """Whether routed experts kept so are computed here."""
+    return _on_tiles(formats) and _memory(MAX_ROWS, top_k, routed=True) <= MEMORY
+
+
+def shared_on_tiles(formats: Formats) -> bool:
+    """Whether a shared expert kept so is computed here, for rows of up to 16 routed ones."""
+    return _on_tiles(formats)
+
+
+def _memory(most: int, top_k: int, routed: bool) -> int:
+    """Bytes of a threadgroup of expert_sum_tiles."""
+    each = top_k + 1 if routed else 1
+    return 4 * most * (each * TILE_FEATURES + top_k + 1)
+
+
+def _on_tiles(formats: Formats) -> bool:
+    return all(
+        shape[-2] % TILE_FEATURES == 0 and tiles_for(floats, bits, group, _inputs(kept))
+        for kept in formats
+        for shape, bits, group, floats in (kept,)
+    )
+
+
+def _inputs(kept: Format) -> int:
+    shape, bits, _, _ = kept
+    return shape[-1] * 32 // bits if bits else shape[-1]
+
+
+def hidden_launch(
+    rows: int,
+    dtype: mx.Dtype,
+    top_k: int,
+    used: int,
+    bank: Formats | None,
+    shared: Formats | None,
+    inner: int,
+    shared_inner: int,
+) -> Launch:
+    """used: entries of the union. Both inners as expert_formats.inner_of says."""
+    routed, with_shared = bank is not None, shared is not None
+    splits = [_split(f[0]) if f else 1 for f in (bank, shared)]
+    blocks = max(
+        -(-features * split // (TILE_FEATURES * HIDDEN_SIMDGROUPS))
+        for features, split in zip((inner, shared_inner), splits, strict=True)
+    )
+    threads = 32 * HIDDEN_SIMDGROUPS
+    return EXPERT_HIDDEN_TILES.launch(
+        [
+            (rows * top_k, inner) if routed else UNUSED,
+            (rows, shared_inner) if with_shared else UNUSED,
+        ],
+        [dtype, dtype],
+        grid=(blocks * threads, routed * used + with_shared * -(-rows // TILE_ROWS), 1),
+        threadgroup=(threads, 1, 1),
+        template={
+            "T": dtype,
+            **packing(bank, 0, ""),
+            **packing(shared, 0, "SHARED_"),
+            "INNER": inner,
+            "SHARED_INNER": shared_inner,
+            "SPLIT": splits[0],
+            "UNROLL": _unroll(bank[0], splits[0], 2) if bank else 1,
+            "SHARED_SPLIT": splits[1],
+            "SHARED_UNROLL": _unroll(shared[0], splits[1], 2) if shared else 1,
+            "SIMDGROUPS": HIDDEN_SIMDGROUPS,
+            "TOP_K": top_k,
+            "ROUTED": routed,
+            "WITH_SHARED": with_shared,
+        },
+    )
+
+
+def sum_launch(
+    rows: int,
+    hidden: int,
+    dtype: mx.Dtype,
+    top_k: int,
+    used: int,
+    bank: Formats | None,
+    shared: Formats | None,
+    inner: int,
+    shared_inner: int,
+    gate: int,
+    keep_apart: bool,
+) -> Launch:
+    """hidden: features of x. gate: column of the shared expert's gate."""
+    routed, with_shared = bank is not None, shared is not None
+    entries = routed * used + with_shared * -(-rows // TILE_ROWS)
+    threads = 32 * min(max(1, entries), SUM_SIMDGROUPS)
+    return EXPERT_SUM_TILES.launch(
+        [(rows, top_k, hidden) if keep_apart else (rows, hidden)],
+        [mx.float32 if keep_apart else dtype],
+        grid=(hidden // TILE_FEATURES * threads, 1, 1),
+        threadgroup=(threads, 1, 1),
+        template={
+            "T": dtype,
+            "O": mx.float32 if keep_apart else dtype,
+            **packing(bank, 2, ""),
+            **packing(shared, 2, "SHARED_"),
+            "INNER": inner,
+            "SHARED_INNER": shared_inner,
+            "UNROLL": _unroll(bank[2], 1, 1) if bank else 1,
+            "SHARED_UNROLL": _unroll(shared[2], 1, 1) if shared else 1,
+            "TOP_K": top_k,
+            "MOST": 1 << (rows - 1).bit_length(),
+            "GATE": gate,
+            "ROUTED": routed,
+            "WITH_SHARED": with_shared,
+            "APART": keep_apart,
+        },
+    )
+
+
+def _split(kept: Format) -> int:
+    """How many simdgroups share a row of weights. It decides in which order its sum is added."""
+    _, bits, group, _ = kept
+    groups, split = groups_of(bits, group, _inputs(kept)), 1
+    while split < SPLIT and groups % (2 * split) == 0:
+        split *= 2
+    return split
+
+
+def _unroll(kept: Format, split: int, tiles: int) -> int:
+    """How many groups are read at once by a simdgroup of so many tiles; it changes no bits."""
+    _, bits, group, _ = kept
+    groups = groups_of(bits, group, _inputs(kept)) // split
+    # a lane reads a quarter of two rows of each tile
+    words = 2 * tiles * (group * bits // 32 if bits else 16) // 4
+    unroll = 1
+    while groups % (2 * unroll) == 0 and 2 * unroll * words <= WORDS:
+        unroll *= 2
+    return unroll
