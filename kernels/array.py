@@ -18,6 +18,7 @@ import numpy as np
 from specdec.checkpoint import Checkpoint
 from specdec.errors import SpecdecError
 from specdec.kernels.gpu.limits import refused
+from specdec.kernels.gpu.tiles import tiles_on
 
 # mx.array or np.ndarray; one model's arrays are all of one kind
 Array: TypeAlias = Any
@@ -111,6 +112,8 @@ def choose_backend(dtype: mx.Dtype = mx.bfloat16, kernels: str | None = None) ->
         name, why = "reference", "no GPU device, and numba is not installed (pip install numba)"
     if name == "cpu" or not on_gpu:
         return Backend(name, mx.float32, why)
+    if name != "reference" and dtype != mx.float32:
+        why += ", with matrix units" if tiles_on() else ", without matrix units"
     # float16 ends at 65504, which residual streams exceed
     return Backend(name, mx.float32 if dtype == mx.float32 else mx.bfloat16, why)
 

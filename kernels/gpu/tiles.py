@@ -1,27 +1,36 @@
 """Whether products are made on matrix units (tiles.h).
 
 It decides in which order sums are added, so it depends on nothing but the type of floats and how a
-weight is kept: never on the number of rows.
+weight is kept: never on the number of rows. NVIDIA GPUs use them; no Apple GPU has yet shown whether
+one row is as fast with them, so Metal uses them where SPECDEC_MATRIX_UNITS=1 says so.
 """
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import mlx.core as mx
+
+from specdec.errors import SpecdecError
 
 TILE_FEATURES = 16
 TILE_ROWS = 8
 
 
 class _Tiles:
-    on = mx.cuda.is_available()  # no Apple GPU has shown that they are faster there
+    on: bool | None = None  # not decided
 
 
 _tiles = _Tiles()
 
 
 def tiles_on() -> bool:
-    """Whether they are wanted."""
+    """Whether they are wanted; SpecdecError if SPECDEC_MATRIX_UNITS is neither 0 nor 1."""
+    if _tiles.on is None:
+        wish = os.environ.get("SPECDEC_MATRIX_UNITS")
+        if wish not in (None, "0", "1"):
+            raise SpecdecError(f"SPECDEC_MATRIX_UNITS = {wish!r}, expected 0 or 1")
+        _tiles.on = mx.cuda.is_available() if wish is None else wish == "1"
     return _tiles.on
 
 
@@ -39,7 +48,7 @@ def use_tiles(on: bool = True) -> Iterator[None]:
 def tiles_for(dtype: mx.Dtype, bits: int, group_size: int, inputs: int) -> bool:
     """Whether tiles.h multiplies x of this type with rows of `inputs` weights kept so."""
     return (
-        _tiles.on
+        tiles_on()
         and dtype == mx.bfloat16
         and (bits == 0 or (bits in (4, 8) and group_size in (32, 64, 128)))
         and inputs % (group_size if bits else 32) == 0

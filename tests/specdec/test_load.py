@@ -15,6 +15,7 @@ from specdec.budget import Fixed
 from specdec.errors import CheckpointError, PairingError, PlanError, SpecdecError
 from specdec.generation import Request, generate
 from specdec.kernels.array import Backend, choose_backend
+from specdec.kernels.gpu import tiles
 from specdec.load import Settings, load, plan_for
 from specdec.memory import resident_bytes, start_gpu
 from specdec.plan import KEPT_BYTES, MemoryPlan
@@ -328,6 +329,26 @@ def test_a_gpu_takes_its_kernels_in_bfloat16_or_the_checkpoints_float32(monkeypa
         chosen = choose_backend(dtype)
         assert (chosen.name, chosen.dtype) == (name, expected)
     assert choose_backend().dtype == mx.bfloat16
+
+
+@pytest.mark.parametrize(("wish", "why"), [("1", "with matrix units"), ("0", "without matrix")])
+def test_matrix_units_are_chosen_by_the_environment_and_told_of(wish, why, monkeypatch):
+    monkeypatch.delenv("SPECDEC_KERNELS", raising=False)
+    monkeypatch.setattr(mx, "default_device", lambda: mx.gpu)
+    monkeypatch.setattr(tiles._tiles, "on", None)
+    monkeypatch.setenv("SPECDEC_MATRIX_UNITS", wish)
+    assert why in choose_backend(mx.bfloat16).why
+    assert tiles.tiles_for(mx.bfloat16, 4, 64, 256) is (wish == "1")
+    assert "matrix" not in choose_backend(mx.float32).why  # for which there are none
+
+
+def test_a_wish_for_matrix_units_that_is_none_is_refused(monkeypatch):
+    monkeypatch.delenv("SPECDEC_KERNELS", raising=False)
+    monkeypatch.setattr(mx, "default_device", lambda: mx.gpu)
+    monkeypatch.setattr(tiles._tiles, "on", None)
+    monkeypatch.setenv("SPECDEC_MATRIX_UNITS", "yes")
+    with pytest.raises(SpecdecError, match="SPECDEC_MATRIX_UNITS = 'yes', expected 0 or 1"):
+        choose_backend()
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32", "float16"])
