@@ -1,8 +1,8 @@
 """Whether products are made on matrix units (tiles.h).
 
 It decides in which order sums are added, so it depends on nothing but the type of floats and how a
-weight is kept: never on the number of rows. NVIDIA GPUs use them; no Apple GPU has yet shown whether
-one row is as fast with them, so Metal uses them where SPECDEC_MATRIX_UNITS=1 says so.
+weight is kept: never on the number of rows. NVIDIA GPUs use them; no Apple GPU has yet shown that
+one row is as fast with them, so Metal does where SPECDEC_MATRIX_UNITS=1 says so.
 """
 
 import os

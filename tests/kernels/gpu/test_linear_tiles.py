@@ -48,7 +48,7 @@ def always_tiles(monkeypatch):
 @needs_shim
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_products_on_matrix_units_are_products(case):
-    problem = Problem(*case, dtype=mx.bfloat16)
+    problem = Problem(*case, mx.bfloat16)
     forward, reverse = problem.run(), problem.run(order="reverse")
     assert forward.dtype == mx.bfloat16
     assert same_bits(bits_of(forward), bits_of(reverse))
@@ -76,7 +76,7 @@ def test_codes_are_multiplied_exactly():
 @pytest.mark.parametrize("sanitize", ["memory", "races"])
 @pytest.mark.parametrize("case", [CASES[0], CASES[4], CASES[7]], ids=str)
 def test_no_access_out_of_bounds_and_no_race(case, sanitize):
-    problem = Problem(*case, dtype=mx.bfloat16)
+    problem = Problem(*case, mx.bfloat16)
     assert same_bits(bits_of(problem.run(sanitize=sanitize)), bits_of(problem.run()))
 
 
