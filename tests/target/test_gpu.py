@@ -13,8 +13,10 @@ from specdec.engine import Engine
 from specdec.kernels.array import Backend
 from specdec.kernels.executor import gpu_kernels
 from specdec.kernels.gated_delta import mix_tree
-from specdec.kernels.gpu.kernel import MetalKernel
+from specdec.kernels.gpu import linear
+from specdec.kernels.gpu.kernel import Launch, MetalKernel
 from specdec.kernels.gpu.limits import MAX_ROWS, Unsupported, refused
+from specdec.kernels.gpu.tiles import use_tiles
 from specdec.target import verify_graph
 from specdec.target.model import Target
 from specdec.target.state import KV_STEP
@@ -27,6 +29,7 @@ from tests.targets import logits_of, opened, prefill, state_bytes, step, tree_of
 pytestmark = pytest.mark.skipif(compiler() is None, reason="needs g++ on Linux")
 
 GPU = Backend("metal", mx.float32, "a test asked for it")
+SHORT = Backend("metal", mx.bfloat16, "a test asked for it")
 PROMPT = np.random.default_rng(3).integers(0, 320, MAX_ROWS + 8).tolist()
 PARENTS = [-1, 0, 0, 1, 3, 1, 2]
 PATH = [0, 1, 3, 4]
@@ -65,13 +68,50 @@ def test_a_tree_is_decoding_its_paths(family, tmp_path, on_shim):
         np.testing.assert_allclose(output, expected, atol=2e-4)
 
 
-def test_streamed_experts_have_the_bits_of_resident_ones(tmp_path, on_shim):
+@pytest.fixture
+def on_matrix_units(on_shim, monkeypatch):
+    """Matrices of all sizes are multiplied there; names of the kernels that ran."""
+    ran: list[str] = []
+    call = Launch.__call__
+    monkeypatch.setattr(linear, "LARGE", 1)
+    monkeypatch.setattr(
+        Launch, "__call__", lambda self, *a: (ran.append(self.kernel.name), call(self, *a))[1]
+    )
+    linear._linear.cache_clear()
+    with use_tiles():
+        yield ran
+    linear._linear.cache_clear()
+
+
+@pytest.mark.parametrize("packing", [(4, 32), (8, 32), None], ids=str)
+def test_a_tree_is_decoding_its_paths_on_matrix_units(packing, tmp_path, on_matrix_units):
+    # MLX multiplies no experts in bfloat16 on a CPU: a prompt of few rows runs on kernels
+    prompt = PROMPT if packing else PROMPT[:4]
+    folder = write_checkpoint(tmp_path, FAMILIES[-1], quantize=packing)
+    tree = tree_of(np.random.default_rng(4).integers(0, 320, len(PARENTS)), PARENTS)
+    with opened(folder, SHORT) as target:
+        prefill(target, prompt)
+        output = logits_of(target.verify(tree))
+        target.commit(PATH)
+        after = state_bytes(target)
+        target.reset()
+        prefill(target, prompt)
+        for row in PATH:
+            assert step(target, tree.tokens[row]).tobytes() == output[row].tobytes()
+        assert state_bytes(target) == after
+    tiled = {"linear_tiles", "expert_hidden_tiles", "expert_sum_tiles"}
+    assert tiled <= set(on_matrix_units)
+
+
+@pytest.mark.parametrize("backend", ["float32", "matrix units"])
+def test_streamed_experts_have_the_bits_of_resident_ones(backend, tmp_path, request):
     """Two slots: every layer takes several waves."""
+    request.getfixturevalue("on_shim" if backend == "float32" else "on_matrix_units")
     folder = write_checkpoint(tmp_path, FAMILIES[-1])
     tree = tree_of([5, 9, 11], [-1, 0, 0])
     outputs = []
     for options in ({}, {"pins": 1, "slots": 4}):
-        with opened(folder, GPU, **options) as target:
+        with opened(folder, GPU if backend == "float32" else SHORT, **options) as target:
             prefill(target, PROMPT)
             outputs.append(logits_of(target.verify(tree)))
     assert outputs[0].tobytes() == outputs[1].tobytes()
