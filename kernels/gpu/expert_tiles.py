@@ -11,10 +11,10 @@ from specdec.kernels.gpu.kernel import Launch, MetalKernel
 from specdec.kernels.gpu.limits import MAX_ROWS
 from specdec.kernels.gpu.tiles import TILE_FEATURES, TILE_ROWS, groups_of, tiles_for
 
-SPLIT = 8  # shares of the inputs of gate and up, at most
-HIDDEN_SIMDGROUPS = 8  # of a threadgroup of expert_hidden_tiles, a multiple of SPLIT
+SPLIT = 4  # shares of the inputs of gate and up, at most
+HIDDEN_SIMDGROUPS = 4  # of a threadgroup of expert_hidden_tiles, a multiple of SPLIT
 SUM_SIMDGROUPS = 16  # of a threadgroup of expert_sum_tiles, at most; registers allow no more
-WORDS = 32  # of weights that a lane reads at once, at most
+WORDS = 16  # of weights that a lane reads at once, at most
 MEMORY = 32768  # bytes of a threadgroup
 UNUSED = (8,)  # shape of an output that is not written; kernels load from arrays of 8 elements
 
