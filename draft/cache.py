@@ -1,7 +1,8 @@
 """ContextCache: one draft layer's keys and values of the committed tokens.
 
 Rows are appended once per committed token and never change (keys are stored rotated). The rows of
-the block being drafted are written behind them for the length of one pass and count for nothing.
+the block being drafted are written behind them for the length of one pass and count for nothing;
+so, where passes are graphs, are those told in the same pass until they are known to be committed.
 
 Memory: 2 * kv_heads * head_dim * itemsize bytes per row. A full layer holds every token, a sliding
 layer the window's; `capacity` says how many rows are allocated. Growing allocates the new buffer
@@ -9,6 +10,7 @@ beside the old one, a layer at a time.
 """
 
 import mlx.core as mx
+import numpy as np
 
 from specdec.draft.config import DraftConfig
 from specdec.kernels.array import Array, Backend, concatenate
@@ -17,13 +19,14 @@ STEP = 256  # rows by which buffers grow
 
 
 def capacity(context: int, block: int, window: int) -> int:
-    """Rows allocated for a layer that holds `context` tokens and drafts `block` more.
+    """Rows allocated for a layer that holds `context` tokens and drafts `block` more, behind as
+    many that may be told in the same pass.
 
     window: of a sliding layer, 0 for a full one. A sliding buffer is one step longer than what a
     query can see, so that rows move to its front once in a step and not once in a round.
     """
     seen = min(context, window - 1 + STEP) if window else context
-    return -(-(seen + block) // STEP) * STEP
+    return -(-(seen + 2 * block) // STEP) * STEP
 
 
 def cache_bytes(config: DraftConfig, context: int, dtype: mx.Dtype) -> int:
@@ -39,14 +42,9 @@ class ContextCache:
         self, kv_heads: int, head_dim: int, block: int, window: int, backend: Backend
     ) -> None:
         self._block, self._window, self._backend = block, window, backend
-        self._keys = backend.zeros((kv_heads, 0, head_dim))
-        self._values = backend.zeros((kv_heads, 0, head_dim))
+        self.rows = backend.zeros((2, kv_heads, 0, head_dim))
+        """Keys and values [2, kv_heads, capacity, head_dim]."""
         self.start = self.end = 0
-
-    @property
-    def arrays(self) -> tuple[Array, Array]:
-        """The buffers, for evaluation."""
-        return self._keys, self._values
 
     def rows_to_keep(self, count: int) -> int:
         """Of `count` rows about to be appended, how many of the last can ever be seen."""
@@ -66,10 +64,8 @@ class ContextCache:
         self.end = position
         if count == 0:
             return
-        self._reserve(count)
-        at = self.end - self.start
-        self._keys[:, at : at + count] = keys
-        self._values[:, at : at + count] = values
+        self._reserve(count, max(self._window - 1 - count, 0))
+        self._write(keys, values)
         self.end += count
 
     def with_block(self, keys: Array, values: Array) -> tuple[Array, Array]:
@@ -78,25 +74,39 @@ class ContextCache:
         Position p stands at place p - start. What lies behind the block means nothing.
         """
         assert keys.shape[1] == self._block
-        self._reserve(0)
+        self.make_room(0)
+        self._write(keys, values)
+        return self.rows[0], self.rows[1]
+
+    def seen(self, position: int, causal: bool) -> tuple[np.ndarray, np.ndarray]:
+        """The places that each row of a block at `position` sees: from first [block] to before
+        last.
+
+        A window reaches as far ahead as back; only with blocks longer than it does that matter.
+        """
+        query = np.arange(position, position + self._block)
+        end, window, start = position + self._block, self._window, self.start
+        first = np.maximum(query - window + 1, start) if window else np.full_like(query, start)
+        last = np.minimum(query + window, end) if window else np.full_like(query, end)
+        return first - start, (query + 1 if causal else last) - start
+
+    def make_room(self, count: int) -> None:
+        """For a block behind `count` rows, a block's at most, which may not come to stay."""
+        self._reserve(count, self._window - 1)
+
+    def _write(self, keys: Array, values: Array) -> None:
         at = self.end - self.start
-        self._keys[:, at : at + self._block] = keys
-        self._values[:, at : at + self._block] = values
-        return self._keys, self._values
+        self.rows[0, :, at : at + keys.shape[1]] = keys
+        self.rows[1, :, at : at + keys.shape[1]] = values
 
-    def _reserve(self, count: int) -> None:
-        """Make room for `count` more rows and a block."""
+    def _reserve(self, count: int, keep: int) -> None:
+        """Make room for `count` more rows and a block; of a sliding layer's keep the last."""
         rows = self.end - self.start
-        if rows + count + self._block <= self._keys.shape[1]:
+        if rows + count + 2 * self._block <= self.rows.shape[2]:
             return
-        keep = min(rows, max(self._window - 1 - count, 0)) if self._window else rows
+        keep = min(rows, keep) if self._window else rows
         size = capacity(self.end + count, self._block, self._window)
-        self._keys = self._moved(self._keys, rows - keep, rows, size)
-        self._values = self._moved(self._values, rows - keep, rows, size)
+        heads, _, dim = self.rows.shape[1:]
+        rest = self._backend.zeros((2, heads, size - keep, dim))
+        self.rows = concatenate([self.rows[:, :, rows - keep : rows], rest], axis=2)
         self.start = self.end - keep
-
-    def _moved(self, buffer: Array, start: int, stop: int, size: int) -> Array:
-        """Rows start to stop of a buffer at the front of a new one of `size` rows."""
-        heads, _, dim = buffer.shape
-        rest = self._backend.zeros((heads, size - (stop - start), dim))
-        return concatenate([buffer[:, start:stop], rest], axis=1)

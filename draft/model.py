@@ -12,6 +12,7 @@ The residual stream is float32 or bfloat16, never float16: sums in it reach 3e6 
 float16 ends at 65504, and the overflow costs all acceptance without an error.
 """
 
+from dataclasses import dataclass, replace
 from typing import Self
 
 import mlx.core as mx
@@ -19,18 +20,31 @@ import numpy as np
 
 from specdec.checkpoint import Checkpoint
 from specdec.draft.cache import ContextCache
-from specdec.draft.candidates import top_candidates
+from specdec.draft.candidates import as_block, top_candidates
 from specdec.draft.config import DraftConfig
+from specdec.draft.graph import DraftGraph
 from specdec.draft.weights import DraftWeights, LayerWeights
 from specdec.errors import NonFiniteError
-from specdec.kernels.array import Array, Backend, finite_rows, is_numpy
+from specdec.kernels.array import Array, Backend, finite_rows, is_numpy, start
 from specdec.kernels.attention import AttentionShape, attention_inputs
 from specdec.kernels.block_attention import block_attention
+from specdec.kernels.gpu.limits import MAX_ROWS
 from specdec.kernels.linear import embed, linear
 from specdec.kernels.norm import Norm, rms_norm, swiglu
 from specdec.kernels.rope import Rope
 from specdec.kernels.weight import Weight
 from specdec.tree.block import Block
+
+
+@dataclass(frozen=True, eq=False)
+class Begun:
+    """A pass that was begun: with which rows, None once they are known to be committed; what was
+    asked, bonus token, width and slots; the answer, as kernels.top_tokens gives it."""
+
+    told: Array | None
+    count: int
+    asked: tuple[int, int, int | None]
+    found: mx.array
 
 
 class Draft:
@@ -55,6 +69,11 @@ class Draft:
         self.embedding, self.head = embedding, head
         self._shift = position_shift
         self._rope = Rope(config.rope)
+        self._graph: DraftGraph | None = None
+        if backend.on_gpu and position_shift == 0 and config.block_size <= MAX_ROWS:
+            self._graph = DraftGraph(
+                config, weights, embedding, self._rope, backend.dtype, self._logits
+            )
         self.reset()
 
     @classmethod
@@ -74,6 +93,8 @@ class Draft:
         """Forget all tokens."""
         config = self.config
         self._length = 0
+        self._waiting: tuple[Array, int] | None = None  # to be told with the next proposal
+        self._begun: Begun | None = None
         self._caches = [
             ContextCache(
                 config.num_kv_heads, config.head_dim, config.block_size, window, self.backend
@@ -84,24 +105,59 @@ class Draft:
     @property
     def length(self) -> int:
         """Committed tokens the draft knows of: P, the position of the next bonus token."""
-        return self._length
+        return self._length + (self._waiting[1] if self._waiting else 0)
 
-    def extend(self, taps: Array) -> None:
-        """Add newly committed tokens: taps [n, taps * hidden], a row each, in order.
+    @property
+    def compiled(self) -> bool:
+        """Whether passes are graphs, for which rows are told with the proposal that follows."""
+        return self._graph is not None
+
+    def extend(self, taps: Array, count: int | None = None) -> None:
+        """Add newly committed tokens: taps [n, taps * hidden], a row each, in order; of them only
+        the first `count`, if that is given.
 
         In one call or in many, the context is the same. The work is started, not waited for.
         """
-        config, count = self.config, taps.shape[0]
+        count = len(taps) if count is None else count
+        begun = self._begun
+        if begun is not None and begun.told is taps and begun.count == count:
+            self._know(count)
+            self._begun = replace(begun, told=None)
+            return
+        self._begun = None
+        if self._waiting is not None:
+            self._extend(*self._waiting)
+            self._waiting = None
+        if self.compiled and count <= self.config.block_size:
+            self._waiting = taps, count
+        else:
+            self._extend(taps, count)
+
+    def look_ahead(
+        self, taps: Array, count: int, bonus: int, width: int, slots: int | None = None
+    ) -> None:
+        """Begin what `extend(taps, count)` and then `propose(bonus, width, slots)` will ask for.
+
+        If they never do, nothing is lost. Only where passes are compiled.
+        """
+        assert self._waiting is None
+        self._begun = None
+        self._begun = self._begin(taps, count, bonus, width, slots)
+
+    def _extend(self, taps: Array, count: int) -> None:
+        config, weights = self.config, self.weights
+        taps = taps[:count]
         assert taps.shape == (count, len(config.target_layer_ids) * config.hidden_size)
-        weights = self.weights
         # Not normalized again by a layer's input norm, unlike the block's rows.
         context = linear(self._cast(taps), weights.fc)
         norm = Norm(weights.hidden_norm, config.rms_norm_eps)
         for layer, cache in zip(weights.layers, self._caches, strict=True):
             first = count - cache.rows_to_keep(count)
-            keys, values = self._keys_values(layer, norm, context[first:], self._length + first)
+            keys = values = cache.rows[0, :, :0]
+            if first < count:  # a window of one row sees no other
+                keys, values = self._keys_values(layer, norm, context[first:], self._length + first)
             cache.append(keys, values, self._length + first)
-        mx.async_eval([a for cache in self._caches for a in cache.arrays if not is_numpy(a)])
+        start(*(cache.rows for cache in self._caches))
         self._length += count  # last: after an error the same rows can be given again
 
     def propose(self, bonus: int, width: int, slots: int | None = None) -> Block:
@@ -111,10 +167,48 @@ class Draft:
         Changes nothing. NonFiniteError, naming the layer, on NaN or Inf.
         """
         try:
+            if self.compiled:
+                return self._finished(bonus, width, slots)
             return top_candidates(self._logits(self._forward(bonus)[:slots]), width)
         except NonFiniteError:
             self._forward(bonus, probe=True)
             raise
+
+    def _finished(self, bonus: int, width: int, slots: int | None) -> Block:
+        """The proposal that was begun, or one that is begun now."""
+        begun, self._begun = self._begun, None
+        if begun is None or begun.told is not None or begun.asked != (bonus, width, slots):
+            told, count = self._waiting or (None, 0)
+            begun = self._begin(told, count, bonus, width, slots)
+            self._know(count)
+        return as_block(np.array(begun.found))
+
+    def _begin(
+        self, told: Array | None, count: int, bonus: int, width: int, slots: int | None
+    ) -> "Begun":
+        assert self._graph is not None
+        config = self.config
+        block, columns = config.block_size, len(config.target_layer_ids) * config.hidden_size
+        rows = mx.zeros((block, columns), self.backend.dtype) if told is None else told[:block]
+        if len(rows) < block:
+            missing = mx.zeros((block - len(rows), columns), rows.dtype)
+            rows = mx.concatenate([rows, missing])
+        found = self._graph.begin(
+            self._caches,
+            self._length,
+            rows,
+            count,
+            bonus,
+            min(width, config.vocab_size),
+            config.slots if slots is None else min(slots, config.slots),
+        )
+        return Begun(told, count, (bonus, width, slots), found)
+
+    def _know(self, count: int) -> None:
+        """Rows that a graph told the caches of are committed."""
+        for cache in self._caches:
+            cache.end = self._length + count
+        self._length, self._waiting = self._length + count, None
 
     def _forward(self, bonus: int, probe: bool = False) -> Array:
         """Hidden rows of the slots after the last layer: [slots, hidden].
@@ -124,10 +218,10 @@ class Draft:
         config = self.config
         tokens = [bonus] + [config.mask_token_id] * config.slots
         x = self._cast(embed(np.array(tokens, np.int32), self.embedding))
-        x = x * config.input_embedding_scale
+        if config.input_embedding_scale != 1.0:
+            x = x * config.input_embedding_scale
         for i, (layer, cache) in enumerate(zip(self.weights.layers, self._caches, strict=True)):
-            seen = self._seen(cache.start, config.windows[i], config.causal[i])
-            x = self._attend(x, layer, cache, *seen)
+            x = self._attend(x, layer, cache, config.causal[i])
             norm = Norm(layer.post_norm, config.rms_norm_eps)
             gate, up = layer.gate_up(x, norm)
             x = linear(swiglu(gate.values, up.values), layer.down, residual=x)
@@ -135,20 +229,14 @@ class Draft:
                 raise NonFiniteError(f"NaN or Inf first appears in layer {i} of the draft")
         return x[1:]
 
-    def _attend(
-        self,
-        x: Array,
-        layer: LayerWeights,
-        cache: ContextCache,
-        first: np.ndarray,
-        last: np.ndarray,
-    ) -> Array:
+    def _attend(self, x: Array, layer: LayerWeights, cache: ContextCache, causal: bool) -> Array:
         """x [block, hidden] plus its attention to the context and to the block itself."""
         config, position = self.config, self._length + self._shift
         q, k, v = layer.qkv(x, Norm(layer.input_norm, config.rms_norm_eps))
         turn = self._rope.rows(self._positions(position, config.block_size), x)
         queries, keys, values = attention_inputs(q, k, v, self._shape(layer), *turn)
         keys, values = cache.with_block(keys, values)
+        first, last = cache.seen(self._length, causal)
         scale = config.head_dim**-0.5
         attended = block_attention(queries, keys, values, first, last, scale)
         attended = attended.swapaxes(0, 1).reshape(x.shape[0], -1)
@@ -177,27 +265,18 @@ class Draft:
     def _positions(self, first: int, count: int) -> np.ndarray:
         return np.arange(first, first + count)
 
-    def _seen(self, start: int, window: int, causal: bool) -> tuple[np.ndarray, np.ndarray]:
-        """The rows from `start` on that each block row sees: from first [block] to before last.
-
-        A window reaches as far ahead as back; only with blocks longer than it does that matter.
-        """
-        query = np.arange(self._length, self._length + self.config.block_size)
-        end = query[-1] + 1
-        first = np.maximum(query - window + 1, start) if window else np.full_like(query, start)
-        last = np.minimum(query + window, end) if window else np.full_like(query, end)
-        if causal:
-            last = query + 1
-        return first - start, last - start
-
     def _logits(self, hidden: Array) -> Array:
         """[slots, hidden] -> [slots, vocab]."""
         config = self.config
-        hidden = rms_norm(hidden, self.weights.norm, config.rms_norm_eps)
+        norm: Norm | None = Norm(self.weights.norm, config.rms_norm_eps)
         # The target may run in another dtype than the draft.
         floats = self.head.data if self.head.scales is None else self.head.scales
-        logits = linear(hidden.astype(floats.dtype), self.head)
-        logits = logits * config.output_multiplier
+        if is_numpy(hidden) or hidden.dtype != floats.dtype:
+            hidden = rms_norm(hidden, self.weights.norm, config.rms_norm_eps).astype(floats.dtype)
+            norm = None
+        logits = linear(hidden, self.head, norm)
+        if config.output_multiplier != 1.0:
+            logits = logits * config.output_multiplier
         if config.final_logit_softcapping:
             cap = config.final_logit_softcapping
             logits = cap * (np if is_numpy(logits) else mx).tanh(logits / cap)

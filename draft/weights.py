@@ -41,6 +41,11 @@ class LayerWeights:
         return cls(qkv=Projections([q, k, v]), gate_up=Projections([gate, up]), **others)
 
     @cached_property
+    def told(self) -> Projections:
+        """Keys and values, of which told rows have no queries."""
+        return self.qkv.after(1)
+
+    @cached_property
     def k(self) -> Weight:
         return self.qkv.weight(1)
 

@@ -8,6 +8,10 @@ import mlx.core as mx
 import numpy as np
 
 from specdec.kernels.array import Array, OnCpu, is_numpy
+from specdec.kernels.attention import AttentionShape
+from specdec.kernels.executor import operation
+from specdec.kernels.linear import Piece
+from specdec.kernels.rope import rotate
 
 cpu = OnCpu("block_attention")
 
@@ -34,3 +38,54 @@ def block_attention(
     return mx.fast.scaled_dot_product_attention(
         queries[None], keys[None], values[None], scale=scale, mask=mask
     )[0]
+
+
+@operation()
+def block_inputs(
+    block: tuple[Piece, Piece, Piece],
+    told: tuple[Piece, Piece],
+    count: mx.array,
+    shape: AttentionShape,
+    cos: mx.array,
+    sin: mx.array,
+) -> tuple[mx.array, mx.array]:
+    """What a layer makes of a block and of the rows told before it, as one graph for any number.
+
+    block: queries, keys and values of its rows; told: keys and values of as many rows, of which
+    the first count[0] count (int32). cos, sin float32 [2 * block or more, half]: of the first told
+    row's position and those that follow. Returns queries [heads, block, dim], normalized and
+    rotated, and keys, likewise, and values [2, kv_heads, 2 * block, dim]: of the told rows that
+    count, then of the block, then zeros.
+    """
+    rows, dim, real = block[0].rows.shape[0], shape.dim, count[:1]
+    behind = mx.arange(rows) + real
+    q = block[0].values.reshape(rows, shape.heads, -1)[..., :dim]
+    q = rotate(shape.q_norm(q).swapaxes(0, 1), cos[behind], sin[behind])
+    turns = (cos[:rows], sin[:rows]), (cos[behind], sin[behind])
+    keys, values = (
+        [piece.values.reshape(rows, shape.kv_heads, dim).swapaxes(0, 1) for piece in pieces]
+        for pieces in ((told[0], block[1]), (told[1], block[2]))
+    )
+    keys = [rotate(shape.k_norm(k), *turn) for k, turn in zip(keys, turns, strict=True)]
+    place = mx.arange(2 * rows)
+    source = mx.where(place < real, place, mx.minimum(rows + place - real, 2 * rows - 1))
+    kept = mx.stack([mx.concatenate(keys, axis=1), mx.concatenate(values, axis=1)])[:, :, source]
+    return q, mx.where((place < real + rows)[:, None], kept, mx.zeros((), kept.dtype))
+
+
+@operation()
+def seen_attention(
+    queries: mx.array, rows: mx.array, seen: mx.array, places: int, scale: float
+) -> mx.array:
+    """Softmax attention of each row over a run of places: [rows, heads * dim].
+
+    queries [heads, rows, dim]; rows [2, kv_heads, capacity, dim], keys and values; seen int32
+    [rows, 4]: the last place that a row sees, one more, the first, 0; places: more than any of
+    them.
+    """
+    place = mx.arange(rows.shape[2])
+    mask = (place <= seen[:, :1]) & (place >= seen[:, 2:3])
+    out = mx.fast.scaled_dot_product_attention(
+        queries[None], rows[0][None], rows[1][None], scale=scale, mask=mask
+    )[0]
+    return out.swapaxes(0, 1).reshape(queries.shape[1], -1)

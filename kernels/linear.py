@@ -80,6 +80,18 @@ class Projections:
         outputs = [linear(x, matrix, norm) for matrix in self.matrices]
         return [Piece(outputs[matrix], start, width) for matrix, start, width in self._places]
 
+    def after(self, first: int) -> "Projections":
+        """Those from the given one on: views of the same matrices."""
+        rest = Projections([])
+        matrix, skipped, _ = self._places[first]
+        rest.matrices = [self.matrices[matrix].part(skipped, self.matrices[matrix].out_features)]
+        rest.matrices += self.matrices[matrix + 1 :]
+        rest._places = [
+            (at - matrix, start - skipped * (at == matrix), width)
+            for at, start, width in self._places[first:]
+        ]
+        return rest
+
     def weight(self, index: int) -> Weight:
         """One of the projections by itself: a view of the matrix it is part of."""
         matrix, start, width = self._places[index]

@@ -24,6 +24,7 @@ from specdec.kernels.gpu.resident import resident
 cpu = OnCpu("rope")
 
 _TABLE_STEP = 256  # positions per growth of the table; see Rope._grow
+LONGEST_RUN = 64
 
 
 @dataclass(frozen=True)
@@ -219,17 +220,24 @@ class Rope:
             self._last = (positions.copy(), *self._on_device(positions))
         return self._last[1], self._last[2]
 
-    def _on_device(self, positions: np.ndarray) -> tuple[mx.array, mx.array]:
-        """Of a lone position a view of a part of the table, which is copied once."""
-        if len(positions) != 1:
-            return mx.array(self._cos[positions]), mx.array(self._sin[positions])
-        step, place = divmod(int(positions[0]), _TABLE_STEP)
+    def run(self, first: int, count: int) -> tuple[mx.array, mx.array]:
+        """cos and sin of up to LONGEST_RUN neighbouring positions, float32 [count, dim/2] each:
+        views of a part of the table, which a GPU gets once."""
+        assert 0 < count <= LONGEST_RUN
+        step, place = divmod(first, _TABLE_STEP)
         if step not in self._steps:
-            rows = slice(step * _TABLE_STEP, (step + 1) * _TABLE_STEP)
+            end = (step + 1) * _TABLE_STEP + LONGEST_RUN
+            self._grow(end)
+            rows = slice(step * _TABLE_STEP, end)
             tables = (resident(table[rows], mx.float32) for table in (self._cos, self._sin))
             self._steps = {step: (next(tables), next(tables))}
         cos, sin = self._steps[step]
-        return cos[place : place + 1], sin[place : place + 1]
+        return cos[place : place + count], sin[place : place + count]
+
+    def _on_device(self, positions: np.ndarray) -> tuple[mx.array, mx.array]:
+        if len(positions) == 1:
+            return self.run(int(positions[0]), 1)
+        return mx.array(self._cos[positions]), mx.array(self._sin[positions])
 
     def _reach(self, positions: np.ndarray) -> None:
         assert positions.ndim == 1

@@ -14,6 +14,7 @@ import mlx.core as mx
 import numpy as np
 
 from specdec.kernels.array import Array
+from specdec.kernels.gpu.graphs import Graphs
 from specdec.kernels.gpu.limits import MAX_ROWS, refused
 from specdec.kernels.gpu.prepared import prepare
 from specdec.kernels.layout import TreeLayout
@@ -22,15 +23,13 @@ from specdec.target.state import State
 
 Body = Callable[[Array, TreePass], tuple[Array, ...]]
 
-GRAPHS = 32  # kept, the latest used: each holds the text of every kernel that it launches
 
-
-class VerifyGraph:
+class VerifyGraph(Graphs):
     """A body, tokens int32 [rows] and a pass -> arrays, and the graphs it was compiled to."""
 
     def __init__(self, body: Body) -> None:
+        super().__init__()
         self._body = body
-        self._graphs: dict[tuple[int, ...], Callable[[dict[str, Any]], Any]] = {}
 
     def __call__(self, tokens: Array, this: TreePass) -> tuple[Array, ...]:
         """What the body returns; the pass and its state are as if it had run on them."""
@@ -39,14 +38,8 @@ class VerifyGraph:
             return self._body(tokens, this)
         state, gdn = this.state, this.state.config.gdn
         kind = prepare(this.layout, None if gdn is None else gdn.conv_kernel)
-        # MLX would keep what it compiled for every capacity that there ever was
         kind = (*kind, state.keys[0].shape[1] if state.keys else 0)
-        graph = self._graphs.pop(kind, None)
-        if graph is None:
-            graph = mx.compile(partial(self._trace, this.tree.parents, state.length))
-        self._graphs[kind] = graph  # at the end, behind those used before
-        if len(self._graphs) > GRAPHS:
-            del self._graphs[next(iter(self._graphs))]
+        graph = self.of(kind, partial(self._trace, this.tree.parents, state.length))
         ids = tokens if isinstance(tokens, mx.array) else mx.array(tokens)
         found = graph(
             {
@@ -61,7 +54,7 @@ class VerifyGraph:
             }
         )
         if refused:  # while it was built
-            self._graphs.clear()
+            self.clear()
             return self._body(tokens, this)
         outputs, state.keys[:], state.values[:], results = found
         this.take(results)

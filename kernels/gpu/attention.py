@@ -44,14 +44,14 @@ BLOCKS = MetalKernel(
     "attention_blocks",
     inputs=("queries", "keys", "values", "scale", "tree"),
     outputs=("parts", "totals"),
-    template=("T", "DIM", "G"),
+    template=("T", "DIM", "G", "WINDOW"),
     helpers=("attention.h",),
 )
 MERGE = MetalKernel(
     "attention_merge",
     inputs=("parts", "totals", "tree", "gate", "start"),
     outputs=("out",),
-    template=("T", "DIM", "GATED"),
+    template=("T", "DIM", "GATED", "WINDOW"),
 )
 
 
@@ -103,7 +103,7 @@ def _inputs(
 ) -> tuple[Launch, mx.array]:
     """The launch, and where in the rows what stands."""
     (rows, half), dtype = angles, pieces[0]
-    _check("attention_inputs", {*pieces, *weights}, rows, heads, kv_heads, dim)
+    check_heads("attention_inputs", {*pieces, *weights}, rows, heads, kv_heads, dim)
     if 2 * half > dim:
         raise Unsupported(f"kernel attention_inputs: {half} pairs turn, expected at most {dim} / 2")
     launch = INPUTS.launch(
@@ -135,10 +135,32 @@ def tree_attention(
         block_count(layout),
         scale,
         None if gate is None else (gate.rows.dtype, gate.start),
+        False,
     )
     parts, totals = split(queries, keys, values, factor, tree)
     # the place of what is not used is taken by any array
     (out,) = merge(parts, totals, tree, queries if gate is None else gate.rows, start)
+    return out
+
+
+def window_attention(
+    queries: mx.array, keys: mx.array, values: mx.array, seen: mx.array, blocks: int, scale: float
+) -> mx.array:
+    """Softmax attention of each row over a run of places: T [rows, heads * dim].
+
+    seen: int32 [rows, 4], as kernels.block_attention says; blocks: as many hold all of them.
+    """
+    split, merge, factor, start = _attention(
+        queries.shape,
+        keys.shape[0],
+        (queries.dtype, keys.dtype, values.dtype),
+        blocks,
+        scale,
+        None,
+        True,
+    )
+    parts, totals = split(queries, keys, values, factor, seen)
+    (out,) = merge(parts, totals, seen, queries, start)
     return out
 
 
@@ -159,24 +181,25 @@ def _attention(
     blocks: int,
     scale: float,
     gate: tuple[mx.Dtype, int] | None,
+    window: bool,
 ) -> _Attention:
     (heads, rows, dim), dtype = shape, dtypes[0]
     gate_dtype, start = gate or (dtype, 0)
-    _check("attention_blocks", {*dtypes, gate_dtype}, rows, heads, kv_heads, dim)
+    check_heads("attention_blocks", {*dtypes, gate_dtype}, rows, heads, kv_heads, dim)
     shared = heads_together(heads // kv_heads, kv_heads * rows * blocks)
     split = BLOCKS.launch(
         [(heads, rows, blocks, dim), (heads, rows, blocks, 2)],
         [mx.float32, mx.float32],
         grid=(POSITIONS * blocks, heads // shared, rows),
         threadgroup=(POSITIONS, 1, 1),
-        template={"T": dtype, "DIM": dim, "G": shared},
+        template={"T": dtype, "DIM": dim, "G": shared, "WINDOW": window},
     )
     merge = MERGE.launch(
         [(rows, heads * dim)],
         [dtype],
         grid=(heads * dim, rows, 1),
         threadgroup=(dim, 1, 1),
-        template={"T": dtype, "DIM": dim, "GATED": gate is not None},
+        template={"T": dtype, "DIM": dim, "GATED": gate is not None, "WINDOW": window},
     )
     return _Attention(split, merge, resident([scale], mx.float32), resident([start], mx.int32))
 
@@ -236,7 +259,7 @@ def rounded(blocks: int) -> int:
     return -(-blocks // step) * step
 
 
-def _check(
+def check_heads(
     kernel: str, dtypes: set[mx.Dtype], rows: int, heads: int, kv_heads: int, dim: int
 ) -> None:
     if len(dtypes) > 1 or not dtypes <= set(FLOATS):

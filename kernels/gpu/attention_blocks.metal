@@ -5,7 +5,8 @@
 // tree int32 [rows, *]: the row's position, the committed length, then the rows of its path
 // -> parts float [heads, rows, blocks, DIM]: at 32 * i + lane the sum of dimension lane * DIM / 32 + i;
 //    totals float [heads, rows, blocks, 2]: the largest score and the sum of the weights
-// Blocks behind the row's position are left as they are.
+// Blocks behind the row's position are left as they are. If WINDOW the row sees no position before
+// tree[2], and blocks that end before it are left as well.
 // grid (128 * blocks, heads / G, rows), threadgroup (128, 1, 1)
 // Few threads wait for much memory, so loads are issued by the batch: the barriers behind them order
 // nothing, but keep the compiler from putting each load next to its use.
@@ -28,7 +29,8 @@ const uint row = threadgroup_position_in_grid.z;
 const uint rows = queries_shape[1];
 auto mine = tree + row * tree_shape[1];
 const uint last = mine[0], length = mine[1];
-if (128 * block > last) return;  // the whole threadgroup
+const uint least = WINDOW ? uint(mine[2]) : 0;
+if (128 * block > last || 128 * block + 128 <= least) return;  // the whole threadgroup
 
 for (uint i = me; i < G * DIM / 4; i += 128) {
   const uint g = i / (DIM / 4);
@@ -89,7 +91,8 @@ for (uint c = 0; c < PER; c += STEP) {
 
 // The quarters of a score are added so that a lane has that of one key: 8 * quarter + eighth.
 const bool odd = quarter % 2 == 1, high = quarter >= 2;
-const bool seen = first + 8 * quarter + eighth <= last;
+const uint own = first + 8 * quarter + eighth;
+const bool seen = own <= last && own >= least;
 float weights[G];
 for (uint g = 0; g < G; ++g) {
   const float s0 = scores[4 * g], s1 = scores[4 * g + 1];

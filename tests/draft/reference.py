@@ -142,9 +142,11 @@ class Reference:
         return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
 
 
-def make_draft(case: str, seed: int = 0, backend: Backend = MLX) -> tuple[Draft, Reference]:
+def make_draft(
+    case: str, seed: int = 0, backend: Backend = MLX, **changes: Any
+) -> tuple[Draft, Reference]:
     """A random draft of one of the cases, and the reference with the same weights."""
-    raw = draft_config(TARGET, block_size=BLOCK, **CASES[case])
+    raw = draft_config(TARGET, block_size=BLOCK, **CASES[case], **changes)
     tensors = draft_tensors(raw, TAPS, seed)
     rng = np.random.default_rng(seed + 1)
     embedding = rng.standard_normal((VOCAB, HIDDEN)).astype(np.float32)

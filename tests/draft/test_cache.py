@@ -58,14 +58,14 @@ def test_every_row_in_sight_is_there(small_steps, window, counts, again, backend
         ):
             np.testing.assert_array_equal(part[:, :-BLOCK], np.array(context))
             np.testing.assert_array_equal(part[:, -BLOCK:], np.array(block))
-        allocated = cache.arrays[0].shape[1]
-        assert end - cache.start + BLOCK <= allocated <= capacity(end, BLOCK, window)
+        allocated = cache.rows.shape[2]
+        assert end - cache.start + 2 * BLOCK <= allocated <= capacity(end, BLOCK, window)
 
 
 def test_capacity():
     assert capacity(0, 8, 0) == STEP
-    assert capacity(STEP - 8, 8, 0) == STEP
-    assert capacity(STEP - 7, 8, 0) == 2 * STEP
+    assert capacity(STEP - 16, 8, 0) == STEP
+    assert capacity(STEP - 15, 8, 0) == 2 * STEP
     assert capacity(10**6, 16, 4096) == 4096 + 2 * STEP
     assert capacity(100, 16, 4096) == STEP
 

@@ -6,22 +6,21 @@ The prompt has more rows than the kernels take, so that it runs on plain MLX and
 import mlx.core as mx
 import numpy as np
 import pytest
-from mlx.utils import tree_flatten, tree_map
 
 from specdec.budget import Fixed
 from specdec.engine import Engine
 from specdec.kernels.array import Backend
 from specdec.kernels.executor import gpu_kernels
 from specdec.kernels.gated_delta import mix_tree
-from specdec.kernels.gpu import linear
-from specdec.kernels.gpu.kernel import Launch, MetalKernel
+from specdec.kernels.gpu import graphs, linear
+from specdec.kernels.gpu.kernel import Launch
 from specdec.kernels.gpu.limits import MAX_ROWS, Unsupported, refused
 from specdec.kernels.gpu.tiles import use_tiles
-from specdec.target import verify_graph
 from specdec.target.model import Target
 from specdec.target.state import KV_STEP
 from tests.backends import REFERENCE
 from tests.checkpoints import FAMILIES, write_checkpoint
+from tests.graphs import Told, graphs_as_words
 from tests.metal.build import compiler
 from tests.metal.run import through_shim
 from tests.targets import logits_of, opened, prefill, state_bytes, step, tree_of
@@ -69,16 +68,20 @@ def test_a_tree_is_decoding_its_paths(family, tmp_path, on_shim):
 
 
 @pytest.fixture
-def on_matrix_units(on_shim, monkeypatch):
+def on_matrix_units(on_shim):
     """Matrices of all sizes are multiplied there; names of the kernels that ran."""
     ran: list[str] = []
-    call = Launch.__call__
-    monkeypatch.setattr(linear, "LARGE", 1)
-    monkeypatch.setattr(
-        Launch, "__call__", lambda self, *a: (ran.append(self.kernel.name), call(self, *a))[1]
-    )
+    on_cpu = Launch.__call__
+
+    def call(self, *inputs):
+        ran.append(self.kernel.name)
+        return on_cpu(self, *inputs)
+
     linear._linear.cache_clear()
-    with use_tiles():
+    # undone before the shim is: its launches would stay otherwise
+    with use_tiles(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(linear, "LARGE", 1)
+        patch.setattr(Launch, "__call__", call)
         yield ran
     linear._linear.cache_clear()
 
@@ -137,71 +140,40 @@ def test_graphs_are_passes_over_other_trees_of_their_kind(family, tmp_path, on_s
                 found.append([logits_of(output).tobytes(), np.array(output.taps).tobytes()])
                 target.commit([0, 1])
                 found[-1] += state_bytes(target)
-        assert len(graph._graphs) == 1
+        assert len(graph.kinds) == 1
     assert found[:3] == found[3:]
 
 
 def test_few_graphs_are_kept_and_none_of_a_smaller_buffer(tmp_path, on_shim, monkeypatch):
-    monkeypatch.setattr(verify_graph, "GRAPHS", 2)
+    monkeypatch.setattr(graphs, "GRAPHS", 2)
     with opened(write_checkpoint(tmp_path, FAMILIES[0]), GPU) as target:
         prefill(target, PROMPT)
         kept = []
         for rows in (1, 2, 1, 3):
             target.verify(tree_of(np.arange(rows), np.arange(-1, rows - 1)))
-            kept.append([kind[0] for kind in target._graph._graphs])
+            kept.append([kind[0] for kind in target._graph.kinds])
         assert kept == [[1], [1, 2], [2, 1], [1, 3]]
-        (lone,) = (kind for kind in target._graph._graphs if kind[0] == 1)
+        (lone,) = (kind for kind in target._graph.kinds if kind[0] == 1)
         target.state.make_room(KV_STEP)
         target.verify(tree_of([1], [-1]))
-        assert [kind for kind in target._graph._graphs if kind[0] == 1][-1] != lone
+        assert [kind for kind in target._graph.kinds if kind[0] == 1][-1] != lone
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_graph_holds_nothing_of_the_pass_it_was_traced_for(family, tmp_path, monkeypatch):
     """MLX tells what a graph is made of: constants, operations, their arguments, kernels' texts."""
-    told: list[str] = []
-
-    class Told(Exception):
-        pass
-
-    def compile_to_words(traced):
-        def call(given):
-            def run(*arrays):
-                left = iter(arrays)
-                found = traced(tree_map(lambda _: next(left), given))
-                return [array for array in leaves(found) if array is not None]
-
-            words: list[str] = []
-            mx.export_function(lambda event: words.append(spelled(event)), run, *leaves(given))
-            told.append("\n".join(words))
-            raise Told
-
-        return call
-
-    monkeypatch.setattr(mx, "compile", compile_to_words)
-    monkeypatch.setattr(MetalKernel, "on_gpu", property(MetalKernel.on_metal))
+    told = graphs_as_words(monkeypatch)
     folder = write_checkpoint(tmp_path, family)
     with opened(folder, GPU, taps=(0,)) as target:
         for length, parents in ((40, PARENTS), (57, [-1, 0, 1, 1, 0, 4, 4])):
             target.reset()
-            target._graph._graphs.clear()
+            target._graph.clear()
             with gpu_kernels(False):
                 prefill(target, [*PROMPT, *PROMPT][:length])
             with gpu_kernels(), pytest.raises(Told):
                 target.verify(tree_of(np.arange(7) + length, parents))
     assert "CustomKernel" in told[0]
     assert told[0] == told[1]
-
-
-def leaves(tree):
-    return list(dict(tree_flatten(tree)).values())
-
-
-def spelled(event) -> str:
-    """An event of an export; arrays with all their bytes."""
-    if event["type"] != "constants":
-        return repr(event)
-    return repr([(n, a.dtype, a.shape, bytes(memoryview(a))) for n, a in event["constants"]])
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -262,7 +234,7 @@ def test_what_a_kernel_refuses_is_never_a_graph(tmp_path, monkeypatch, capsys):
     with opened(folder, GPU) as target, gpu_kernels(), through_shim():
         prefill(target, PROMPT)
         target.verify(tree_of(np.arange(3), [-1, 0, 0]))
-        assert not target._graph._graphs
+        assert not target._graph.kinds
         target.commit([0])
     assert "a test, expected none" in capsys.readouterr().err
     refused.clear()

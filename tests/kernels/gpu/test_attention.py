@@ -316,8 +316,12 @@ def sources():
     b, h, f, i = mx.bfloat16, mx.float16, mx.float32, mx.int32
     yield cuda_source(gpu.INPUTS, [b, b, b, i, b, b, f, f, f, f], [b] * 3, {"T": b, "DIM": 256})
     for t, dim, g in ((b, 256, 8), (h, 96, 3)):
-        yield cuda_source(gpu.BLOCKS, [t, t, t, f, i], [f, f], {"T": t, "DIM": dim, "G": g})
-    yield cuda_source(gpu.MERGE, [f, f, i, b, i], [b], {"T": b, "DIM": 256, "GATED": True})
+        yield cuda_source(
+            gpu.BLOCKS, [t, t, t, f, i], [f, f], {"T": t, "DIM": dim, "G": g, "WINDOW": g > 1}
+        )
+    yield cuda_source(
+        gpu.MERGE, [f, f, i, b, i], [b], {"T": b, "DIM": 256, "GATED": True, "WINDOW": True}
+    )
 
 
 @pytest.mark.skipif(NVCC is None, reason="nvcc is not installed")

@@ -1,0 +1,149 @@
+"""DraftGraph: telling a draft of a few rows and asking it, compiled by MLX as one graph.
+
+On a GPU building the draft's operations in Python takes longer than running them. Passes over
+buffers of one size are one graph: the rows told, how many of them count, where they go and what is
+seen go in as arrays. As many rows as a block has are told at a time. The block's rows are written
+directly behind those that count; what lies behind these is never looked at.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from specdec.draft.cache import ContextCache
+from specdec.draft.config import DraftConfig
+from specdec.draft.weights import DraftWeights
+from specdec.kernels.array import start
+from specdec.kernels.attention import AttentionShape
+from specdec.kernels.block_attention import block_inputs, seen_attention
+from specdec.kernels.gpu.graphs import Graphs
+from specdec.kernels.linear import embed, linear
+from specdec.kernels.norm import Norm, swiglu
+from specdec.kernels.rope import Rope
+from specdec.kernels.top_tokens import top_tokens
+from specdec.kernels.weight import Weight
+
+STEP = 512  # places by which a graph's reach grows: each is a graph
+
+
+class DraftGraph:
+    """The graphs of one draft."""
+
+    def __init__(
+        self,
+        config: DraftConfig,
+        weights: DraftWeights,
+        embedding: Weight,
+        rope: Rope,
+        dtype: mx.Dtype,
+        logits: Callable[[mx.array], mx.array],
+    ) -> None:
+        """logits: of hidden rows [slots, hidden]. dtype: what the draft computes in."""
+        self._config, self._weights, self._embedding = config, weights, embedding
+        self._rope, self._dtype, self._logits = rope, dtype, logits
+        self._graphs = Graphs()
+        eps = config.rms_norm_eps
+        self._context_norm = Norm(weights.hidden_norm, eps)
+        self._shapes = [
+            AttentionShape(
+                config.num_heads,
+                config.num_kv_heads,
+                config.head_dim,
+                False,
+                Norm(layer.q_norm, eps),
+                Norm(layer.k_norm, eps),
+            )
+            for layer in weights.layers
+        ]
+        self._norms = [
+            (Norm(layer.input_norm, eps), Norm(layer.post_norm, eps)) for layer in weights.layers
+        ]
+
+    def begin(
+        self,
+        caches: Sequence[ContextCache],
+        length: int,
+        told: mx.array,
+        count: int,
+        bonus: int,
+        width: int,
+        slots: int,
+    ) -> mx.array:
+        """Begin a pass after `length` known tokens and `count` rows of told [block, taps * hidden].
+
+        int32 [slots, 2 * width + 3], as kernels.top_tokens. Keys and values of the rows that count
+        stand in the caches afterwards, behind their end.
+        """
+        config = self._config
+        for cache in caches:
+            cache.make_room(count)
+        block, position = config.block_size, length + count
+        tables, reached = [], []
+        for cache, causal in zip(caches, config.causal, strict=True):
+            first, last = cache.seen(position, causal)
+            tables.append(np.stack([last - 1, last, first, np.zeros_like(first)], axis=1))
+            reached.append(min(-(-int(last.max()) // STEP) * STEP, cache.rows.shape[2]))
+        numbers = np.concatenate(
+            [
+                [count, *(length - cache.start for cache in caches)],
+                [bonus, *[config.mask_token_id] * config.slots],
+                *(table.ravel() for table in tables),
+            ]
+        ).astype(np.int32)
+        kind = (width, slots, *reached, *(cache.rows.shape[2] for cache in caches))
+        graph = self._graphs.of(kind, partial(self._body, width, slots, reached))
+        cos, sin = self._rope.run(length, 2 * block)
+        found, rows = graph(
+            {
+                "told": told,
+                "numbers": mx.array(numbers),
+                "cos": cos,
+                "sin": sin,
+                "rows": [cache.rows for cache in caches],
+            }
+        )
+        for cache, filled in zip(caches, rows, strict=True):
+            cache.rows = filled
+        start(found, *rows)
+        return found
+
+    def _body(
+        self, width: int, slots: int, reached: Sequence[int], given: dict[str, Any]
+    ) -> tuple[mx.array, list[mx.array]]:
+        config, weights, numbers = self._config, self._weights, given["numbers"]
+        block, layers = config.block_size, config.num_layers
+        places = [numbers[1 + i : 2 + i] for i in range(layers)]
+        at = 1 + layers
+        x = embed(numbers[at : at + block], self._embedding).astype(self._dtype)
+        if config.input_embedding_scale != 1.0:
+            x = x * config.input_embedding_scale
+        at += block
+        seen = [
+            numbers[i : i + 4 * block].reshape(block, 4)
+            for i in range(at, at + 4 * block * layers, 4 * block)
+        ]
+        # Not normalized again by a layer's input norm, unlike the block's rows.
+        context = linear(given["told"].astype(self._dtype), weights.fc)
+        kept = []
+        for i, layer in enumerate(weights.layers):
+            before, after = self._norms[i]
+            q, k, v = layer.qkv(x, before)
+            told_k, told_v = layer.told(context, self._context_norm)
+            queries, new = block_inputs(
+                (q, k, v),
+                (told_k, told_v),
+                numbers[:1],
+                self._shapes[i],
+                given["cos"],
+                given["sin"],
+            )
+            kept.append(mx.slice_update(given["rows"][i], new, places[i], axes=(2,)))
+            scale = config.head_dim**-0.5
+            attended = seen_attention(queries, kept[i], seen[i], reached[i], scale)
+            x = linear(attended, layer.o, residual=x)
+            gate, up = layer.gate_up(x, after)
+            x = linear(swiglu(gate.values, up.values), layer.down, residual=x)
+        return top_tokens(self._logits(x[1 : 1 + slots]), width), kept

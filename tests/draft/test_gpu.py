@@ -1,0 +1,161 @@
+"""The draft on the GPU kernels, run by the shim: one graph for any number of told rows."""
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from specdec.draft.model import Draft
+from specdec.errors import NonFiniteError
+from specdec.kernels.array import Backend
+from specdec.kernels.executor import gpu_kernels
+from specdec.kernels.gpu.limits import refused
+from tests.draft.reference import BLOCK, CASES, HIDDEN, TAPS, Reference, make_draft
+from tests.graphs import Told, graphs_as_words
+from tests.metal.build import compiler
+from tests.metal.run import through_shim
+
+pytestmark = pytest.mark.skipif(compiler() is None, reason="needs g++ on Linux")
+
+GPU = Backend("metal", mx.float32, "a test asked for it")
+WIDTH = 9
+
+
+@pytest.fixture
+def on_shim(monkeypatch):
+    refused.clear()
+    monkeypatch.setattr(mx, "compile", lambda traced: traced)
+    with gpu_kernels(), through_shim():
+        yield
+    assert not refused  # every operation ran as a kernel
+
+
+def random_taps(rows: int, seed: int = 3) -> mx.array:
+    rng = np.random.default_rng(seed)
+    return mx.array(rng.standard_normal((rows, TAPS * HIDDEN)).astype(np.float32))
+
+
+def draft_of(case: str) -> tuple[Draft, Reference]:
+    draft, reference = make_draft(case, 2, GPU, head_dim=32)
+    assert draft.compiled
+    return draft, reference
+
+
+def asked(draft: Draft, bonus: int, slots: int | None = None) -> bytes:
+    block = draft.propose(bonus, WIDTH, slots)
+    return block.tokens.tobytes() + block.log_probs.tobytes()
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_proposals_are_those_of_the_formulas(case, on_shim):
+    """Rows told by the graph, by plain operations, none at all; a narrower proposal between."""
+    draft, reference = draft_of(case)
+    taps, at = random_taps(45), 0
+    for step, bonus in ((9, 1), (1, 2), (BLOCK, 3), (0, 3), (3, 4), (20, 5), (2, 6)):
+        if step:
+            draft.extend(taps[at : at + step])
+        at += step
+        assert draft.length == at
+        expected = reference.log_probs(np.array(taps[:at]), bonus)
+        block = draft.propose(bonus, WIDTH)
+        np.testing.assert_array_equal(
+            block.tokens, np.argsort(-expected, axis=1, kind="stable")[:, :WIDTH]
+        )
+        best = np.take_along_axis(expected, block.tokens, axis=1)
+        np.testing.assert_allclose(block.log_probs, best, atol=1e-4)
+        first = draft.propose(bonus, 3, 2)
+        assert np.array_equal(first.tokens, block.tokens[:2, :3])
+        assert np.array_equal(first.log_probs, block.log_probs[:2, :3])
+
+
+@pytest.mark.parametrize("case", ["sliding", "narrow-window", "plain"])
+def test_many_rounds_move_the_rows_of_sliding_layers(case, on_shim):
+    draft, reference = draft_of(case)
+    taps = random_taps(600)
+    draft.extend(taps[:230])
+    for at in range(230, 260, BLOCK):
+        draft.extend(taps[at : at + BLOCK])
+        asked(draft, 7, 1)
+    draft.extend(taps[draft.length : 500])
+    for at in range(500, 520, BLOCK):
+        draft.extend(taps[at : at + BLOCK])
+        asked(draft, 7, 1)
+    expected = reference.log_probs(np.array(taps[: draft.length]), 7)
+    block = draft.propose(7, WIDTH)
+    best = np.take_along_axis(expected, block.tokens, axis=1)
+    np.testing.assert_allclose(block.log_probs, best, atol=1e-4)
+
+
+def test_rows_that_do_not_count_have_no_say(on_shim):
+    found = []
+    for filling in (0.0, 1e4):
+        draft, _ = draft_of("sliding")
+        rows = random_taps(BLOCK)
+        rows[2:] = filling
+        for _ in range(3):
+            draft.extend(rows, 2)
+            found.append(asked(draft, 5))
+    assert found[:3] == found[3:]
+
+
+@pytest.mark.parametrize("case", ["sliding", "plain"])
+def test_what_is_begun_ahead_is_what_would_have_been_done(case, on_shim, monkeypatch):
+    """Taken, or dropped in each of the ways there are: the answers stay the same to the bit."""
+    taps, other = random_taps(BLOCK), random_taps(BLOCK, 8)
+
+    def answers(ahead) -> list[bytes]:
+        draft, _ = draft_of(case)
+        draft.extend(random_taps(30, 4))
+        found = [asked(draft, 1)]
+        ahead(draft)
+        draft.extend(taps, 4)
+        found += [asked(draft, 9), asked(draft, 9, 3)]
+        draft.extend(other, 1)
+        return [*found, asked(draft, 2)]
+
+    plain = answers(lambda draft: None)
+    begun = [
+        lambda draft: draft.look_ahead(taps, 4, 9, WIDTH),
+        lambda draft: draft.look_ahead(taps, 4, 8, WIDTH),
+        lambda draft: draft.look_ahead(taps, 4, 9, 3, 2),
+        lambda draft: draft.look_ahead(taps, 6, 9, WIDTH),
+        lambda draft: draft.look_ahead(other, 4, 9, WIDTH),
+        lambda draft: (draft.look_ahead(other, 5, 9, WIDTH), asked(draft, 3)),
+    ]
+    assert [answers(ahead) for ahead in begun] == [plain] * len(begun)
+
+    # what was begun is taken, and nothing is begun again
+    draft, _ = draft_of(case)
+    draft.extend(random_taps(30, 4))
+    asked(draft, 1)
+    draft.look_ahead(taps, 4, 9, WIDTH)
+    draft.extend(taps, 4)
+    assert draft.length == 34
+    monkeypatch.setattr(draft, "_graph", None)
+    monkeypatch.setattr(Draft, "compiled", property(lambda self: True))
+    assert asked(draft, 9) == plain[1]
+
+
+def test_non_finite_numbers_name_the_layer(on_shim):
+    draft, _ = draft_of("plain")
+    draft.extend(random_taps(5))
+    draft.weights.layers[1].down.data[3, 3] = float("nan")
+    with pytest.raises(NonFiniteError, match="layer 1 of the draft"):
+        draft.propose(1, 2)
+
+
+def test_a_graph_holds_nothing_of_the_pass_it_was_traced_for(monkeypatch):
+    told = graphs_as_words(monkeypatch)
+    draft, _ = draft_of("sliding")
+    taps = random_taps(90)
+    with gpu_kernels(False):
+        draft.extend(taps[:20])
+    for count, bonus in ((1, 3), (5, 9)):
+        draft.extend(taps[20 : 20 + BLOCK], count)
+        with gpu_kernels(), pytest.raises(Told):
+            draft.propose(bonus, 4)
+        assert draft._graph is not None
+        draft._graph._graphs.clear()
+        with gpu_kernels(False):
+            draft.extend(taps[50 + count :])
+    assert "CustomKernel" in told[0]
+    assert told[0] == told[1]
