@@ -6,6 +6,7 @@ Plain autoregressive decoding is the same round with the root alone for a tree.
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from time import perf_counter
+from typing import NamedTuple
 
 import numpy as np
 
@@ -21,12 +22,20 @@ from specdec.round import PhaseSeconds, Prefill, Round
 from specdec.round_costs import RoundCosts
 from specdec.sampling import GREEDY, Sampling
 from specdec.target.model import Target
+from specdec.target.pending import Output
 from specdec.tree.block import Block
 from specdec.tree.draft_tree import DraftTree
 
 # While plain decoding goes on in a session that may draft again, the draft is told of this many
 # tokens at a time: cheaper than one by one, and the taps that wait are bounded.
 CATCH_UP_ROWS = 32
+
+
+class Told(NamedTuple):
+    """Taps [n, taps * hidden], of which the first `count` are of committed tokens."""
+
+    rows: Array
+    count: int
 
 
 class Engine:
@@ -65,7 +74,7 @@ class Engine:
             self.draft.reset()
         self._bonus: int | None = None
         self._drafting = False
-        self._untold: list[Array] = []  # taps of committed tokens the draft does not know of
+        self._untold: list[Told] = []  # of committed tokens the draft does not know of
 
     def prefill(
         self,
@@ -87,7 +96,7 @@ class Engine:
             output = self.target.prefill(chunk)
             self.chooser.commit(chunk)
             if self._drafting:
-                self._untold.append(output.taps)
+                self._untold.append(Told(output.taps, len(chunk)))
                 self._tell_draft()
             if on_progress is not None:
                 on_progress(done + len(chunk), len(tokens))
@@ -113,21 +122,22 @@ class Engine:
             self.target.foresee(tree)
         times.append(perf_counter())
         output = self.target.verify(tree)
-        # the next round is a lone root as well
-        if limit == 1 and not self._drafting and self.target.compiled and output.verdict:
-            following = self.chooser.ahead(output.verdict)
-            if following is not None:
-                self.target.look_ahead(following)
+        if limit == 1 and not self._drafting:
+            self._begin_root(output)
         path, bonus = self.chooser.walk(tree, output.logits, output.verdict)
         times.append(perf_counter())
-        taps = [output.taps[self.target.backend.index(path)]] if self._drafting else []
+        taps = [self._taps(output, path)] if self._drafting else []
+        if block is not None:
+            self._begin_block(limit, taps[0], bonus)
+        times.append(perf_counter())
         with Interrupts():  # a round is committed as a whole or not at all
             self.target.commit(path)
             self.chooser.commit(tree.tokens[list(path)].tolist())
             self._bonus = bonus
             self._untold += taps
         times.append(perf_counter())
-        seconds = PhaseSeconds(*np.diff(times).tolist())
+        draft, build, verify, ahead, commit = np.diff(times).tolist()
+        seconds = PhaseSeconds(draft + ahead, build, verify, commit)
         missed, stalled = self.target.experts.waited()
         done = Round(
             tree,
@@ -153,8 +163,29 @@ class Engine:
         # a tree is nowhere deeper than it has nodes
         return self.draft.propose(self._bonus, self.chooser.width(budget), budget)
 
+    def _begin_root(self, output: Output) -> None:
+        """The next round is a lone root as well: let a GPU go on with it."""
+        if self.target.compiled and output.verdict is not None:
+            token = self.chooser.ahead(output.verdict)
+            if token is not None:
+                self.target.look_ahead(token)
+
+    def _begin_block(self, limit: int, taps: Told, bonus: int) -> None:
+        """The next round drafts as much: let a GPU do it while the host commits this one."""
+        assert self.draft is not None
+        if self.draft.compiled:
+            self.draft.look_ahead(*taps, bonus, self.chooser.width(limit), limit)
+
+    def _taps(self, output: Output, path: Sequence[int]) -> Told:
+        """Of the path's rows. Where the draft's passes are graphs as many as they take, of which
+        those behind the path do not count."""
+        rows = list(path)
+        if self.draft is not None and self.draft.compiled:
+            rows += [0] * (self.draft.config.block_size - len(rows))
+        return Told(output.taps[self.target.backend.index(rows)], len(path))
+
     def _untold_rows(self) -> int:
-        return sum(taps.shape[0] for taps in self._untold)
+        return sum(told.count for told in self._untold)
 
     def _tell_draft(self) -> None:
         """Extend the draft's context by what was committed since it last drafted.
@@ -163,5 +194,9 @@ class Engine:
         """
         if self._untold:
             assert self.draft is not None
-            self.draft.extend(concatenate(self._untold))
+            told = self._untold[0]
+            if len(self._untold) > 1:
+                rows = concatenate([rows[:count] for rows, count in self._untold])
+                told = Told(rows, len(rows))
+            self.draft.extend(*told)
             self._untold.clear()

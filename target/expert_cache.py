@@ -194,9 +194,12 @@ class ExpertCache:
             self._groups[layer].table.touch(layer, experts)
 
     def count_hits(self, layer: int, experts: Array) -> None:
-        """One pass used these experts of a pinned layer without asking: each counts as one hit."""
+        """One pass used these experts [rows, top_k] of a pinned layer without asking: each counts
+        as one hit."""
         assert layer in self._pinned
-        if self._pinned_hits.add(layer, experts):
+        if experts.shape[0] == 1:  # whatever they are
+            self._counters[layer].hits += experts.shape[1]
+        elif self._pinned_hits.add(layer, experts):
             self._count_pinned()
 
     def count_synchronization(self, layer: int) -> None:
@@ -216,6 +219,8 @@ class ExpertCache:
 
     def slot_requests(self) -> tuple[int, int]:
         """Hits and misses of all unpinned layers so far."""
+        if self.all_pinned:
+            return 0, 0
         unpinned = [one for one in self._counters.values() if not one.pinned]
         return sum(one.hits for one in unpinned), sum(one.misses for one in unpinned)
 

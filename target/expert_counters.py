@@ -55,7 +55,7 @@ class PinnedHits:
         self._used: list[Array] = []
 
     def add(self, layer: int, experts: Array) -> bool:
-        """Note one pass's experts, any shape; whether it is time to `take` them."""
+        """Note one pass's experts [rows, top_k]; whether it is time to `take` them."""
         self._layers.append(layer)
         self._used.append(experts)
         return len(self._used) >= UNCOUNTED
@@ -64,9 +64,10 @@ class PinnedHits:
         """(layer, distinct experts) of every pass noted since the last call."""
         if not self._used:
             return ()
-        flat = to_numpy(concatenate([experts.reshape(-1) for experts in self._used]))
-        ends = np.cumsum([experts.size for experts in self._used])
-        parts = np.split(flat, ends[:-1])
-        counts = [(i, len(set(ids.tolist()))) for i, ids in zip(self._layers, parts, strict=True)]
+        rows = to_numpy(concatenate(self._used))
+        passes = np.repeat(np.arange(len(self._used)), [len(experts) for experts in self._used])
+        ids = np.unique(passes[:, None] * (int(rows.max()) + 1) + rows)
+        counts = np.bincount(ids // (int(rows.max()) + 1), minlength=len(self._used))
+        found = list(zip(self._layers, counts.tolist(), strict=True))
         self._layers, self._used = [], []
-        return counts
+        return found

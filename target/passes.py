@@ -12,7 +12,7 @@ from typing import Protocol, TypeAlias
 
 import numpy as np
 
-from specdec.kernels.array import Array, evaluate
+from specdec.kernels.array import Array, evaluate, start
 from specdec.kernels.attention import AttentionLayout, prefill_attention, tree_attention
 from specdec.kernels.gated_delta import (
     DeltaInputs,
@@ -161,7 +161,7 @@ class TreePass(Pass):
         state.keep(path)
         conv, recurrent = self._after(path)
         if self.tree.rows > 1:  # else there is nothing to compute
-            evaluate(*state.keys, *state.values, *conv, *recurrent)
+            start(*state.keys, *state.values, *conv, *recurrent)
         state.advance(len(path), conv, recurrent)
 
     def after_root(self) -> State:

@@ -65,8 +65,11 @@ class TableDraft:
     def reset(self) -> None:
         self.length = 0
 
-    def extend(self, taps) -> None:
-        self.length += len(taps)
+    compiled = False
+
+    def extend(self, taps, count: int) -> None:
+        assert len(taps) == count
+        self.length += count
 
     def propose(self, bonus: int, width: int, slots: int | None = None) -> Block:
         logs = self.table[bonus][:slots]

@@ -36,8 +36,11 @@ class CheatingDraft:
     def reset(self) -> None:
         self.length = 0
 
-    def extend(self, taps) -> None:
-        self.length += taps.shape[0]
+    compiled = False
+
+    def extend(self, taps, count: int) -> None:
+        assert len(taps) == count
+        self.length += count
 
     def propose(self, bonus: int, width: int, slots: int | None = None) -> Block:
         at = self.length - self.prompt

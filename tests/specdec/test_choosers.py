@@ -106,8 +106,11 @@ class Guesser:
     def reset(self) -> None:
         self.length = 0
 
-    def extend(self, taps) -> None:
-        self.length += taps.shape[0]
+    compiled = False
+
+    def extend(self, taps, count: int) -> None:
+        assert len(taps) == count
+        self.length += count
 
     def propose(self, bonus, width, slots=None) -> Block:
         return Block(self.block.tokens[:slots], self.block.log_probs[:slots])
