@@ -32,10 +32,10 @@ CATCH_UP_ROWS = 32
 
 
 class Told(NamedTuple):
-    """Taps [n, taps * hidden], of which the first `count` are of committed tokens."""
+    """Taps [n, taps * hidden], of which the first `real` are of committed tokens."""
 
     rows: Array
-    count: int
+    real: int
 
 
 class Engine:
@@ -180,12 +180,14 @@ class Engine:
         """Of the path's rows. Where the draft's passes are graphs as many as they take, of which
         those behind the path do not count."""
         rows = list(path)
+        if len(rows) == len(output.taps):
+            return Told(output.taps, len(rows))
         if self.draft is not None and self.draft.compiled:
             rows += [0] * (self.draft.config.block_size - len(rows))
         return Told(output.taps[self.target.backend.index(rows)], len(path))
 
     def _untold_rows(self) -> int:
-        return sum(told.count for told in self._untold)
+        return sum(told.real for told in self._untold)
 
     def _tell_draft(self) -> None:
         """Extend the draft's context by what was committed since it last drafted.
@@ -196,7 +198,7 @@ class Engine:
             assert self.draft is not None
             told = self._untold[0]
             if len(self._untold) > 1:
-                rows = concatenate([rows[:count] for rows, count in self._untold])
+                rows = concatenate([rows[:real] for rows, real in self._untold])
                 told = Told(rows, len(rows))
             self.draft.extend(*told)
             self._untold.clear()

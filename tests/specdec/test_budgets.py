@@ -127,7 +127,7 @@ def test_the_draft_catches_up_in_pieces(backend, targets, truths):
     for _ in range(100):
         done = engine.step(Fixed(1))
         waiting = target.length - engine.draft.length
-        assert waiting == sum(taps.shape[0] for taps in engine._untold) <= CATCH_UP_ROWS
+        assert waiting == engine._untold_rows() <= CATCH_UP_ROWS
         assert done.told in (0, CATCH_UP_ROWS)
         assert (done.seconds.draft > 0) if done.told else True
     done = engine.step(Fixed(4))

@@ -50,13 +50,13 @@ def test_inputs(block, heads, kv_heads, dim, half, dtype, options):
     rows = normal(block, 3 + (heads + 2 * kv_heads) * dim, dtype=dtype)
     starts = np.cumsum([3, heads * dim, kv_heads * dim]).tolist()
     widths = [heads * dim, kv_heads * dim, kv_heads * dim]
-    own = tuple(Piece(rows, *place) for place in zip(starts, widths, strict=True))
+    q, k, v = (Piece(rows, *place) for place in zip(starts, widths, strict=True))
     told_rows = normal(block, 2 * kv_heads * dim, dtype=dtype)
     width = kv_heads * dim
     told = Piece(told_rows, 0, width), Piece(told_rows, width, width)
     cos, sin = normal(2 * block + 1, half), normal(2 * block + 2, half)[1:]
     for count in range(block + 1):
-        given = own, told, mx.array([count, 99], mx.int32), shape, cos, sin
+        given = (q, k, v), told, mx.array([count, 99], mx.int32), shape, cos, sin
         with through_shim(**options):
             found = gpu.block_inputs(*given)
         error = 1e-5 if dtype == mx.float32 else 0.13
