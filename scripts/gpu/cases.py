@@ -85,6 +85,12 @@ def linear_cases(bits: int, tiny: bool) -> Iterator[Callable[[], Case]]:
                 yield lambda s=shape, d=dtype, r=rows: linear_case(  # type: ignore[misc]
                     d, r, s[0], s[1], (bits, 64), s[2], s[3], True
                 )
+    if bits in (0, 4, 8):  # large enough for matrix units, of no whole tiles
+        for packing in [p for p in PACKINGS if p[0] == bits] or [(0, 0)]:
+            for rows in (1, 7, 32):
+                yield lambda p=packing, r=rows: linear_case(  # type: ignore[misc]
+                    mx.bfloat16, r, 4101, 1024, p, True, True
+                )
     if bits == 4:
         yield lambda: linear_case(mx.bfloat16, 7, 248320, 2048, (4, 64), True, False, True)
 
