@@ -1,10 +1,12 @@
 """TreeLayout: the index arrays of one verify pass, computed on the host once for all layers."""
 
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cached_property, lru_cache
 
 import mlx.core as mx
 import numpy as np
+
+LAYOUTS = 256  # kept, the latest used
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,8 +35,9 @@ class TreeLayout:
 
     @classmethod
     def of(cls, parents: np.ndarray) -> "TreeLayout":
-        """The layout of a tree; the lone root's is always the same one, with what it has cached."""
-        return _root() if len(parents) == 1 else cls(parents)
+        """The layout of a tree of this shape, with what was cached when it last occurred: drafted
+        trees have few shapes."""
+        return _of(np.asarray(parents, np.int32).tobytes())
 
     @property
     def rows(self) -> int:
@@ -116,6 +119,6 @@ class TreeLayout:
         return {}
 
 
-@cache
-def _root() -> TreeLayout:
-    return TreeLayout.chain(1)
+@lru_cache(maxsize=LAYOUTS)
+def _of(parents: bytes) -> TreeLayout:
+    return TreeLayout(np.frombuffer(parents, np.int32))

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import mlx.core as mx
 import numpy as np
 
-from specdec.kernels.layout import TreeLayout
+from specdec.kernels.layout import LAYOUTS, TreeLayout
 
 NO_SLOT = -1
 
@@ -35,14 +35,24 @@ class TreeProgram(NamedTuple):
 
 def tree_program(tree: TreeLayout, taps: int) -> TreeProgram:
     """Made once for a tree, and kept with it."""
-    walk, name = _walk(tree), f"program of {taps} taps"
+    name = place_of(taps)
     if name not in tree.on_device:
-        table = np.concatenate([walk, tree.windows(taps)[walk[:, 0]]], axis=1)
-        tree.on_device[name] = mx.array(np.append(np.int32(len(walk)), table.ravel()))
-    return TreeProgram(int(walk[:, 2].max()) + 1, tree.on_device[name])
+        tree.on_device[name] = mx.array(program_numbers(tree, taps))
+    return TreeProgram(int(_walk(tree)[:, 2].max()) + 1, tree.on_device[name])
 
 
-@lru_cache(maxsize=4)  # trees are compared by identity
+def program_numbers(tree: TreeLayout, taps: int) -> np.ndarray:
+    walk = _walk(tree)
+    table = np.concatenate([walk, tree.windows(taps)[walk[:, 0]]], axis=1)
+    return np.append(np.int32(len(walk)), table.ravel())
+
+
+def place_of(taps: int) -> str:
+    """The name of a program among what lies beside a tree."""
+    return f"program of {taps} taps"
+
+
+@lru_cache(maxsize=LAYOUTS)  # trees are compared by identity
 def _walk(tree: TreeLayout) -> np.ndarray:
     return np.array(steps(tree.parents.tolist()), np.int32)
 

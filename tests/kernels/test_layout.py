@@ -65,3 +65,13 @@ def test_a_chain_is_a_tree_without_branches(rows):
 def test_what_is_no_tree_is_refused(parents):
     with pytest.raises(AssertionError):
         TreeLayout(np.array(parents, np.int32))
+
+
+def test_trees_of_one_shape_share_a_layout():
+    parents = np.array([-1, 0, 0, 1])
+    layout = TreeLayout.of(parents)
+    assert TreeLayout.of(parents.astype(np.int32).copy()) is layout
+    assert np.array_equal(layout.paths, TreeLayout(parents.astype(np.int32)).paths)
+    assert TreeLayout.of(np.array([-1, 0, 1, 1])) is not layout
+    with pytest.raises(AssertionError):
+        TreeLayout.of(np.array([-1, 2, 0]))
