@@ -105,7 +105,8 @@ def mix_prompt(
 def replay(
     convs: list[Array], states: list[Array], tapes: list[Tape], path: list[int]
 ) -> tuple[list[Array], list[Array]]:
-    """Every layer's convolution rows and state after the accepted path; one tape per layer."""
+    """Every layer's convolution rows and state after the accepted path; one tape per layer. A
+    kernel takes the path also as an array of its own (kernels.gpu.gated_delta)."""
     if all(tape.last is not None and len(path) == tape.rows[0].shape[0] for tape in tapes):
         after = [tape.last for tape in tapes if tape.last is not None]
         return [conv for conv, _ in after], [state for _, state in after]

@@ -29,6 +29,7 @@ from specdec.kernels.rope import Rope
 from specdec.kernels.top_tokens import verdict
 from specdec.kernels.weight import Weight
 from specdec.target.attention import Attention
+from specdec.target.commit_graph import CommitGraph
 from specdec.target.config import FULL, TargetConfig
 from specdec.target.expert_cache import ExpertCache
 from specdec.target.gated_delta import GatedDelta
@@ -75,6 +76,7 @@ class Target:
         self.experts, self.taps = experts, tuple(taps)
         self.rope = Rope(config.rope)
         self._graph = VerifyGraph(self._verify)
+        self._commits = CommitGraph()
         # Told of each pass before it is committed: its tokens, the pass, the rows that will be.
         self.observers: list[Observer] = []
         self.tolerance: Tolerance | None = None
@@ -225,7 +227,10 @@ class Target:
             self._refuse(rows, TreePass(self.state, self.rope, TreeLayout.chain(len(rows))))
         self._count(tokens, pending.this, list(path))
         # last: after it nothing can fail, and before it nothing is done
-        pending.this.commit(list(path))
+        if self.compiled:
+            self._commits(pending.this, list(path))
+        else:
+            pending.this.commit(list(path))
         if ahead is not None:
             ahead.this.state = self.state  # what it was begun behind is committed
             self._ahead = ahead

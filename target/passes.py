@@ -37,6 +37,8 @@ class Turns(Protocol):
 
     def rows(self, positions: np.ndarray, like: Array) -> tuple[Array, Array]: ...
 
+    def run(self, first: int, count: int) -> tuple[Array, Array]: ...
+
 
 class Pass(ABC):
     """What a layer asks of the other tokens; `index` counts layers of one kind.
@@ -123,6 +125,10 @@ class TreePass(Pass):
         self.layout = AttentionLayout(tree, state.length)
         self._tapes: dict[int, Tape] = {}
 
+    def turns_from_root(self) -> tuple[Array, Array]:
+        """cos and sin of the root's position and those that follow, as many as there are rows."""
+        return self._rope.run(self.state.length, self.tree.rows)
+
     def again(self) -> "TreePass":
         return TreePass(self.state, self._rope, self.tree)
 
@@ -155,14 +161,22 @@ class TreePass(Pass):
 
     def commit(self, path: list[int]) -> None:
         """Make a path from the root part of the state."""
-        assert path[0] == 0
-        assert all(self.tree.parents[row] == above for above, row in pairwise(path))
+        self.check(path)
         state = self.state
         state.keep(path)
         conv, recurrent = self._after(path)
         if self.tree.rows > 1:  # else there is nothing to compute
             start(*state.keys, *state.values, *conv, *recurrent)
         state.advance(len(path), conv, recurrent)
+
+    def check(self, path: list[int]) -> None:
+        assert path[0] == 0
+        assert all(self.tree.parents[row] == above for above, row in pairwise(path))
+
+    @property
+    def tapes(self) -> list[Tape]:
+        """Of the gated delta layers in order."""
+        return [self._tapes[index] for index in range(len(self._tapes))]
 
     def after_root(self) -> State:
         """The state once a lone root is committed, before it is; of the same buffers."""
@@ -173,5 +187,5 @@ class TreePass(Pass):
     def _after(self, path: list[int]) -> tuple[list[Array], list[Array]]:
         """Convolution rows and recurrent states after a path."""
         conv, recurrent = self.state.conv, self.state.recurrent
-        tapes = [self._tapes[index] for index in range(len(self._tapes))]
+        tapes = self.tapes
         return replay(conv, recurrent, tapes, path) if tapes else (conv, recurrent)

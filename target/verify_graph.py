@@ -37,14 +37,14 @@ class VerifyGraph(Graphs):
         if refused or len(tokens) > MAX_ROWS:
             return self._body(tokens, this)
         state, gdn = this.state, this.state.config.gdn
-        kind = prepare(this.layout, None if gdn is None else gdn.conv_kernel)
-        kind = (*kind, state.keys[0].shape[1] if state.keys else 0)
+        made = prepare(this.layout, None if gdn is None else gdn.conv_kernel, tokens)
+        kind = (*made.kind, state.keys[0].shape[1] if state.keys else 0)
         graph = self.of(kind, partial(self._trace, this.tree.parents, state.length))
-        ids = tokens if isinstance(tokens, mx.array) else mx.array(tokens)
         found = graph(
             {
-                "tokens": ids,
-                "turn": this.turn(ids),
+                "tokens": made.tokens,
+                "depths": made.depths,
+                "turns": this.turns_from_root(),
                 "layout": this.layout.on_device,
                 "tree": this.tree.on_device,
                 "keys": state.keys,
@@ -63,7 +63,10 @@ class VerifyGraph(Graphs):
     def _trace(self, parents: np.ndarray, length: int, given: dict[str, Any]) -> tuple[Any, ...]:
         """The body on placeholders. parents, length: those of any pass of this kind."""
         state = _Given(length, given)
-        this = TreePass(state, _Turned(given["turn"]), TreeLayout(parents))
+        cos, sin = given["turns"]
+        if len(parents) > 1:
+            cos, sin = cos[given["depths"]], sin[given["depths"]]
+        this = TreePass(state, _Turned((cos, sin)), TreeLayout(parents))
         this.layout.on_device.update(given["layout"])
         this.tree.on_device.update(given["tree"])
         outputs = self._body(given["tokens"], this)
@@ -78,6 +81,9 @@ class _Turned:
 
     def rows(self, positions: np.ndarray, like: Array) -> tuple[Array, Array]:
         return self._turn
+
+    def run(self, first: int, count: int) -> tuple[Array, Array]:
+        raise NotImplementedError
 
 
 class _Given(State):

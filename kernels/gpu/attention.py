@@ -226,9 +226,14 @@ def paths(layout: AttentionLayout) -> mx.array:
             place = length % LONE_ROOTS
             layout.on_device["paths"] = _lone_roots(length - place)[place : place + 1]
         else:
-            table = _table(length + tree.depths, length, tree.paths, 2 + tree.rows)
-            layout.on_device["paths"] = mx.array(table)
+            layout.on_device["paths"] = mx.array(path_table(layout))
     return layout.on_device["paths"]
+
+
+def path_table(layout: AttentionLayout) -> np.ndarray:
+    """`paths` on the host."""
+    length, tree = layout.length, layout.tree
+    return _table(length + tree.depths, length, tree.paths, 2 + tree.rows)
 
 
 @lru_cache(maxsize=2)

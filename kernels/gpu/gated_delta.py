@@ -6,6 +6,7 @@ A tree of one row (plain decoding) gives its new state at once and needs no repl
 from functools import cache
 
 import mlx.core as mx
+import numpy as np
 
 from specdec.kernels.gated_delta import DeltaInputs, DeltaWeights, Tape
 from specdec.kernels.gpu.kernel import Launch, MetalKernel
@@ -92,16 +93,20 @@ def mix_tree(
 
 
 def replay(
-    convs: list[mx.array], states: list[mx.array], tapes: list[Tape], path: list[int]
+    convs: list[mx.array],
+    states: list[mx.array],
+    tapes: list[Tape],
+    path: list[int] | mx.array,
 ) -> tuple[list[mx.array], list[mx.array]]:
-    """Every layer's convolution rows and state after the accepted path."""
+    """Every layer's convolution rows and state after the accepted path, a list or as `padded`."""
     if any(len(tape.rows) > 1 for tape in tapes):
         raise Unsupported("kernel delta_replay: a tape of another executor, expected delta_tree's")
     if all(tape.last is not None for tape in tapes):
+        assert isinstance(path, list)
         assert path == [0]
         after = [tape.last for tape in tapes if tape.last is not None]
         return [conv for conv, _ in after], [state for _, state in after]
-    padded = mx.array([len(path), *path, *[0] * (MAX_ROWS - len(path))], mx.int32)
+    rows = mx.array(padded(path)) if isinstance(path, list) else path
     next_convs: list[mx.array] = []
     next_states: list[mx.array] = []
     for first in range(0, len(tapes), LAYERS):
@@ -118,10 +123,15 @@ def replay(
         assert all(c.shape == conv.shape and s.shape == state.shape for c, s, _ in layers)
         launch = _replay_launch(conv.dtype, len(layers), *conv.shape, *state.shape)
         absent = layers[:1] * (LAYERS - len(layers))
-        found = launch(padded, *(array for layer in layers + absent for array in layer))
+        found = launch(rows, *(array for layer in layers + absent for array in layer))
         next_convs += found[: 2 * len(layers) : 2]
         next_states += found[1 : 2 * len(layers) : 2]
     return next_convs, next_states
+
+
+def padded(path: list[int]) -> np.ndarray:
+    """int32 [1 + MAX_ROWS]: the length of a path and its rows, as delta_replay reads them."""
+    return np.array([len(path), *path, *[0] * (MAX_ROWS - len(path))], np.int32)
 
 
 @cache

@@ -177,6 +177,48 @@ def test_a_graph_holds_nothing_of_the_pass_it_was_traced_for(family, tmp_path, m
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+def test_commits_are_graphs_for_any_path(family, tmp_path, on_shim, monkeypatch):
+    """Paths that move rows and that do not, of several lengths, behind other tokens."""
+    folder = write_checkpoint(tmp_path, family)
+    paths = [[0, 1, 3, 4], [0], [0, 2, 6], [0, 1], [0, 1, 5], [0, 2]]
+    found = []
+    with opened(folder, GPU) as target:
+        for compiled in (True, False):
+            if not compiled:
+                monkeypatch.setattr(target, "_commits", lambda this, path: this.commit(path))
+            target.reset()
+            prefill(target, PROMPT)
+            for at, path in enumerate(paths):
+                target.verify(tree_of(np.arange(7) + at, [-1, 0, 0, 1, 3, 1, 2]))
+                target.commit(path)
+                found.append(state_bytes(target))
+            if compiled:
+                assert [kind[:2] for kind in target._commits.kinds] == [(7, False), (7, True)]
+    assert found[: len(paths)] == found[len(paths) :]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_commit_holds_nothing_of_the_path_it_was_traced_for(family, tmp_path, monkeypatch):
+    folder = write_checkpoint(tmp_path, family)
+    told = graphs_as_words(monkeypatch)
+    to_words = mx.compile
+    with opened(folder, GPU) as target:
+        for length, path in ((40, [0, 2]), (57, [0, 1, 4])):
+            monkeypatch.setattr(mx, "compile", lambda traced: traced)
+            target.reset()
+            target._commits.clear()
+            with gpu_kernels(False):
+                prefill(target, [*PROMPT, *PROMPT][:length])
+            with gpu_kernels(), through_shim():
+                target.verify(tree_of(np.arange(5) + length, [-1, 0, 0, 1, 1]))
+            monkeypatch.setattr(mx, "compile", to_words)
+            with gpu_kernels(), pytest.raises(Told):
+                target.commit(path)
+    assert "SliceUpdate" in told[0]
+    assert told[0] == told[1]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 def test_looking_ahead_changes_nothing(family, tmp_path, on_shim, monkeypatch):
     """The pass of the next token is begun before the token is known to the host."""
     folder = write_checkpoint(tmp_path, family)
