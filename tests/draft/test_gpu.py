@@ -67,6 +67,27 @@ def test_proposals_are_those_of_the_formulas(case, on_shim):
         assert np.array_equal(first.log_probs, block.log_probs[:2, :3])
 
 
+@pytest.mark.parametrize("case", CASES)
+def test_compiled_graphs_serve_other_rounds_than_their_first(case):
+    """MLX's own compilation, of the references: no shim, which needs values."""
+    draft, reference = draft_of(case)
+    taps, at = random_taps(300), 0
+    rng = np.random.default_rng(5)
+    while at < len(taps) - BLOCK:
+        count = int(rng.integers(1, BLOCK + 1))
+        draft.extend(taps[at : at + BLOCK], count)
+        at += count
+        block = draft.propose(at % 7, WIDTH)
+        if at % 5 == 0:
+            draft.look_ahead(taps[at : at + BLOCK], 2, 9, WIDTH)
+        if at < 20 or at > len(taps) - 3 * BLOCK:
+            expected = reference.log_probs(np.array(taps[:at]), at % 7)
+            best = np.take_along_axis(expected, block.tokens, axis=1)
+            np.testing.assert_allclose(block.log_probs, best, atol=1e-4)
+    assert draft._graph is not None
+    assert len(draft._graph._graphs.kinds) <= 3  # of buffers that grew
+
+
 @pytest.mark.parametrize("case", ["sliding", "narrow-window", "plain"])
 def test_many_rounds_move_the_rows_of_sliding_layers(case, on_shim):
     draft, reference = draft_of(case)
