@@ -15,6 +15,7 @@ from typing import Any, TypeAlias
 
 import mlx.core as mx
 
+from specdec.kernels.gpu.included import included
 from specdec.kernels.gpu.vocabulary import definitions, without_comments
 
 Template: TypeAlias = Mapping[str, int | bool | mx.Dtype]
@@ -108,12 +109,15 @@ class MetalKernel:
 
     def on_cuda(self) -> Any:
         """What MLX calls on NVIDIA GPUs; MLX makes it only where there is one."""
+        # MLX looks for these words to know what the body asks for
+        asked = [f"{i}_{of}" for i in self.inputs for of in ("shape", "strides", "ndim")]
+        asked = [word for word in asked if word in self.body]
         return mx.fast.cuda_kernel(
             name=self.name,
             input_names=self.inputs,
             output_names=self.outputs,
-            source=self.body,
-            header=self.header("cuda"),
+            source=f"{included(self.body)}// {' '.join(asked)}\n",
+            header=included(self.header("cuda")),
         )
 
     @cached_property

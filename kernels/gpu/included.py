@@ -1,0 +1,53 @@
+"""Included: texts of kernels as files, for CUDA.
+
+MLX hashes the whole text of a kernel at each of its launches, which for our texts takes half as long
+as all else it does to begin one. The text of an include is short. Its file is named by a hash of what
+it holds, so MLX, which keeps what it compiled by the text it was given, keeps the right thing.
+"""
+
+import hashlib
+import os
+import sys
+import tempfile
+from functools import cache
+from pathlib import Path
+
+import mlx.core as mx
+
+
+def included(text: str) -> str:
+    """What stands for the text in a kernel: the include of a file, or the text where no file can
+    be written."""
+    folder = _folder()
+    if folder is None:
+        return text
+    file = folder / f"specdec-{hashlib.sha256(text.encode()).hexdigest()[:32]}.h"
+    try:
+        if not (file.is_file() and file.read_text() == text):
+            part = file.with_suffix(f".{os.getpid()}")
+            part.write_text(text)
+            os.replace(part, file)
+    except OSError as why:
+        _say(str(why))
+        return text
+    return f'#include "{file}"\n'
+
+
+@cache
+def _folder() -> Path | None:
+    """Beside what MLX compiled, which lives as long; None where there can be none."""
+    told = os.environ.get("MLX_PTX_CACHE_DIR")
+    folder = Path(told or Path(tempfile.gettempdir()) / "mlx" / mx.__version__ / "ptx").absolute()
+    if not str(folder).isprintable() or set('"\\') & set(str(folder)):
+        return None
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as why:
+        _say(str(why))
+        return None
+    return folder
+
+
+@cache
+def _say(why: str) -> None:
+    print(f"kernel texts cannot be kept as files ({why}): launches begin slower", file=sys.stderr)
