@@ -1,5 +1,6 @@
-"""How experts' matrices are kept, as the kernels of experts need to know it."""
+"""What the kernels of experts are to compute, and how the matrices are kept."""
 
+from dataclasses import dataclass
 from typing import TypeAlias
 
 import mlx.core as mx
@@ -11,6 +12,8 @@ from specdec.kernels.weight import Weight
 # of a weight: shape of its data, bits, group size, dtype of its floats
 Format: TypeAlias = tuple[tuple[int, ...], int, int, mx.Dtype]
 Formats: TypeAlias = tuple[Format, Format, Format]  # of gate, up, down
+
+UNUSED = (8,)  # shape of an output that is not written; kernels load from arrays of 8 elements
 
 
 def arrays_of(
@@ -58,6 +61,77 @@ def inner_of(formats: Formats | None, dtype: mx.Dtype, hidden: int, name: str) -
                 f"{found} {(shape[-2], features)}, expected {expected[matrix]}, multiples of 8"
             )
     return inner
+
+
+@dataclass(frozen=True)
+class Task:
+    """What two launches compute, on any kernels.
+
+    hidden: features of x. used: entries of the union. bank, shared: None where that expert is not
+    computed. gate: column of the shared expert's gate. apart: outputs are not added up.
+    """
+
+    rows: int
+    hidden: int
+    dtype: mx.Dtype
+    top_k: int
+    used: int
+    bank: Formats | None
+    shared: Formats | None
+    inner: int
+    shared_inner: int
+    gate: int
+    apart: bool
+
+    @property
+    def most(self) -> int:
+        """The next power of 2 of the rows."""
+        return 1 << (self.rows - 1).bit_length()
+
+    def entries(self, rows: int) -> int:
+        """What is computed one after the other; the shared expert for so many rows at once."""
+        alone = 0 if self.shared is None else -(-self.rows // rows)
+        return alone + (0 if self.bank is None else self.used)
+
+    def template(self, matrix: int) -> dict[str, int | bool | mx.Dtype]:
+        """Arguments that all kernels have, for gate and up (0) or down (2)."""
+        return {
+            "T": self.dtype,
+            **packing(self.bank, matrix, ""),
+            **packing(self.shared, matrix, "SHARED_"),
+            "INNER": self.inner,
+            "SHARED_INNER": self.shared_inner,
+            "TOP_K": self.top_k,
+            "ROUTED": self.bank is not None,
+            "WITH_SHARED": self.shared is not None,
+        }
+
+    def sum_template(self) -> dict[str, int | bool | mx.Dtype]:
+        """Arguments of both kernels that add up."""
+        return {
+            **self.template(2),
+            "O": self.out_dtype,
+            "MOST": self.most,
+            "GATE": self.gate,
+            "APART": self.apart,
+        }
+
+    @property
+    def hidden_shapes(self) -> list[tuple[int, ...]]:
+        """Of what stands between the matrices: of the routed experts, of the shared one."""
+        return [
+            UNUSED if self.bank is None else (self.rows * self.top_k, self.inner),
+            UNUSED if self.shared is None else (self.rows, self.shared_inner),
+        ]
+
+    @property
+    def out_shape(self) -> tuple[int, ...]:
+        middle = (self.top_k,) if self.apart else ()
+        return self.rows, *middle, self.hidden
+
+    @property
+    def out_dtype(self) -> mx.Dtype:
+        return mx.float32 if self.apart else self.dtype
 
 
 def packing(formats: Formats | None, matrix: int, prefix: str) -> dict[str, int]:

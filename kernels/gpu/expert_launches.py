@@ -5,12 +5,11 @@ from functools import cache
 import mlx.core as mx
 
 from specdec.kernels.gpu import expert_tiles
-from specdec.kernels.gpu.expert_formats import Formats, inner_of, packing
+from specdec.kernels.gpu.expert_formats import Formats, Task, inner_of
 from specdec.kernels.gpu.expert_tiles import (
     HIDDEN_INPUTS,
     PACKING,
     SUM_INPUTS,
-    UNUSED,
     bank_on_tiles,
     shared_on_tiles,
 )
@@ -80,100 +79,41 @@ def launches(
     ways |= {shared_on_tiles(shared)} if shared else set()
     if len(ways) == 2:
         return None
-    given = top_k, used, bank, shared, *inners
     column = gate[0] if gate else 0
+    task = Task(rows, hidden, dtype, top_k, used, bank, shared, *inners, column, keep_apart)
     if tiles and ways == {True}:
-        return (
-            expert_tiles.hidden_launch(rows, dtype, *given),
-            expert_tiles.sum_launch(rows, hidden, dtype, *given, column, keep_apart),
-        )
-    return (
-        _hidden_launch(rows, hidden, dtype, *given) if ways else None,
-        _sum_launch(rows, hidden, dtype, *given, column, keep_apart),
-    )
+        return expert_tiles.hidden_launch(task), expert_tiles.sum_launch(task)
+    return _hidden_launch(task) if ways else None, _sum_launch(task)
 
 
-def _hidden_launch(
-    rows: int,
-    hidden: int,
-    dtype: mx.Dtype,
-    top_k: int,
-    used: int,
-    bank: Formats | None,
-    shared: Formats | None,
-    inner: int,
-    shared_inner: int,
-) -> Launch:
-    tile = min(1 << (rows - 1).bit_length(), SHARING)
-    features = 2 if rows == 1 else 4  # of a simdgroup: one row alone needs more simdgroups
-    block = features * HIDDEN_SIMDGROUPS
+def _hidden_launch(task: Task) -> Launch:
+    sharing = min(task.most, SHARING)
+    features = 2 if task.rows == 1 else 4  # of a simdgroup: one row alone needs more simdgroups
+    blocks = -(-max(task.inner, task.shared_inner) // (features * HIDDEN_SIMDGROUPS))
     threads = 32 * HIDDEN_SIMDGROUPS
-    entries = _entries(rows, tile, used, bank, shared)
     return EXPERT_HIDDEN.launch(
-        [
-            (rows * top_k, inner) if bank else UNUSED,
-            (rows, shared_inner) if shared else UNUSED,
-        ],
+        task.hidden_shapes,
         [mx.float32, mx.float32],
-        grid=(-(-max(inner, shared_inner) // block) * threads, entries, 1),
+        grid=(blocks * threads, task.entries(sharing), 1),
         threadgroup=(threads, 1, 1),
         template={
-            "T": dtype,
-            **packing(bank, 0, ""),
-            **packing(shared, 0, "SHARED_"),
-            "INNER": inner,
-            "SHARED_INNER": shared_inner,
-            "HIDDEN": hidden,
+            **task.template(0),
+            "HIDDEN": task.hidden,
             "FEATURES": features,
-            "TOP_K": top_k,
-            "ROWS": tile,
-            "ROUTED": bank is not None,
-            "WITH_SHARED": shared is not None,
+            "ROWS": sharing,
         },
     )
 
 
-def _sum_launch(
-    rows: int,
-    hidden: int,
-    dtype: mx.Dtype,
-    top_k: int,
-    used: int,
-    bank: Formats | None,
-    shared: Formats | None,
-    inner: int,
-    shared_inner: int,
-    gate: int,
-    keep_apart: bool,
-) -> Launch:
-    most = 1 << (rows - 1).bit_length()
-    tile = min(most, SHARING)
-    entries = _entries(rows, tile, used, bank, shared)
+def _sum_launch(task: Task) -> Launch:
+    sharing = min(task.most, SHARING)
     # several rows need so many registers that 16 simdgroups might not fit
-    threads = 32 * max(1, min(entries, 16 if rows == 1 else SUM_SIMDGROUPS))
+    most = 16 if task.rows == 1 else SUM_SIMDGROUPS
+    threads = 32 * max(1, min(task.entries(sharing), most))
     return EXPERT_SUM.launch(
-        [(rows, top_k, hidden) if keep_apart else (rows, hidden)],
-        [mx.float32 if keep_apart else dtype],
-        grid=(hidden // SUM_FEATURES * threads, 1, 1),
+        [task.out_shape],
+        [task.out_dtype],
+        grid=(task.hidden // SUM_FEATURES * threads, 1, 1),
         threadgroup=(threads, 1, 1),
-        template={
-            "T": dtype,
-            "O": mx.float32 if keep_apart else dtype,
-            **packing(bank, 2, ""),
-            **packing(shared, 2, "SHARED_"),
-            "INNER": inner,
-            "SHARED_INNER": shared_inner,
-            "TOP_K": top_k,
-            "ROWS": tile,
-            "MOST": most,
-            "GATE": gate,
-            "ROUTED": bank is not None,
-            "WITH_SHARED": shared is not None,
-            "APART": keep_apart,
-        },
+        template={**task.sum_template(), "ROWS": sharing},
     )
-
-
-def _entries(rows: int, tile: int, used: int, bank: Formats | None, shared: Formats | None) -> int:
-    """What simdgroups take in turns; the shared expert's rows are computed `tile` by `tile`."""
-    return (bank is not None) * used + (shared is not None) * -(-rows // tile)

@@ -4,9 +4,7 @@ What decides about bits, whether an expert's formats are taken and into how many
 split, depends on its own formats alone: neither on rows nor on what else the launch computes.
 """
 
-import mlx.core as mx
-
-from specdec.kernels.gpu.expert_formats import Format, Formats, packing
+from specdec.kernels.gpu.expert_formats import Format, Formats, Task
 from specdec.kernels.gpu.kernel import Launch, MetalKernel
 from specdec.kernels.gpu.limits import MAX_ROWS
 from specdec.kernels.gpu.tiles import TILE_FEATURES, TILE_ROWS, groups_of, tiles_for
@@ -16,7 +14,6 @@ HIDDEN_SIMDGROUPS = 4  # of a threadgroup of expert_hidden_tiles, a multiple of 
 SUM_SIMDGROUPS = 16  # of a threadgroup of expert_sum_tiles, at most; registers allow no more
 WORDS = 16  # of weights that a lane reads at once, at most
 MEMORY = 32768  # bytes of a threadgroup
-UNUSED = (8,)  # shape of an output that is not written; kernels load from arrays of 8 elements
 
 
 def _matrix(name: str) -> tuple[str, str, str]:
@@ -87,87 +84,41 @@ def _inputs(kept: Format) -> int:
     return shape[-1] * 32 // bits if bits else shape[-1]
 
 
-def hidden_launch(
-    rows: int,
-    dtype: mx.Dtype,
-    top_k: int,
-    used: int,
-    bank: Formats | None,
-    shared: Formats | None,
-    inner: int,
-    shared_inner: int,
-) -> Launch:
-    """used: entries of the union. Both inners as expert_formats.inner_of says."""
-    routed, with_shared = bank is not None, shared is not None
+def hidden_launch(task: Task) -> Launch:
+    bank, shared = task.bank, task.shared
     splits = [_split(f[0]) if f else 1 for f in (bank, shared)]
     blocks = max(
         -(-features * split // (TILE_FEATURES * HIDDEN_SIMDGROUPS))
-        for features, split in zip((inner, shared_inner), splits, strict=True)
+        for features, split in zip((task.inner, task.shared_inner), splits, strict=True)
     )
     threads = 32 * HIDDEN_SIMDGROUPS
     return EXPERT_HIDDEN_TILES.launch(
-        [
-            (rows * top_k, inner) if routed else UNUSED,
-            (rows, shared_inner) if with_shared else UNUSED,
-        ],
-        [dtype, dtype],
-        grid=(blocks * threads, routed * used + with_shared * -(-rows // TILE_ROWS), 1),
+        task.hidden_shapes,
+        [task.dtype, task.dtype],
+        grid=(blocks * threads, task.entries(TILE_ROWS), 1),
         threadgroup=(threads, 1, 1),
         template={
-            "T": dtype,
-            **packing(bank, 0, ""),
-            **packing(shared, 0, "SHARED_"),
-            "INNER": inner,
-            "SHARED_INNER": shared_inner,
+            **task.template(0),
             "SPLIT": splits[0],
             "UNROLL": _unroll(bank[0], splits[0], 2) if bank else 1,
             "SHARED_SPLIT": splits[1],
             "SHARED_UNROLL": _unroll(shared[0], splits[1], 2) if shared else 1,
             "SIMDGROUPS": HIDDEN_SIMDGROUPS,
-            "TOP_K": top_k,
-            "ROUTED": routed,
-            "WITH_SHARED": with_shared,
         },
     )
 
 
-def sum_launch(
-    rows: int,
-    hidden: int,
-    dtype: mx.Dtype,
-    top_k: int,
-    used: int,
-    bank: Formats | None,
-    shared: Formats | None,
-    inner: int,
-    shared_inner: int,
-    gate: int,
-    keep_apart: bool,
-) -> Launch:
-    """hidden: features of x. gate: column of the shared expert's gate."""
-    routed, with_shared = bank is not None, shared is not None
-    entries = routed * used + with_shared * -(-rows // TILE_ROWS)
-    threads = 32 * min(max(1, entries), SUM_SIMDGROUPS)
+def sum_launch(task: Task) -> Launch:
+    threads = 32 * min(max(1, task.entries(TILE_ROWS)), SUM_SIMDGROUPS)
     return EXPERT_SUM_TILES.launch(
-        [(rows, top_k, hidden) if keep_apart else (rows, hidden)],
-        [mx.float32 if keep_apart else dtype],
-        grid=(hidden // TILE_FEATURES * threads, 1, 1),
+        [task.out_shape],
+        [task.out_dtype],
+        grid=(task.hidden // TILE_FEATURES * threads, 1, 1),
         threadgroup=(threads, 1, 1),
         template={
-            "T": dtype,
-            "O": mx.float32 if keep_apart else dtype,
-            **packing(bank, 2, ""),
-            **packing(shared, 2, "SHARED_"),
-            "INNER": inner,
-            "SHARED_INNER": shared_inner,
-            "UNROLL": _unroll(bank[2], 1, 1) if bank else 1,
-            "SHARED_UNROLL": _unroll(shared[2], 1, 1) if shared else 1,
-            "TOP_K": top_k,
-            "MOST": 1 << (rows - 1).bit_length(),
-            "GATE": gate,
-            "ROUTED": routed,
-            "WITH_SHARED": with_shared,
-            "APART": keep_apart,
+            **task.sum_template(),
+            "UNROLL": _unroll(task.bank[2], 1, 1) if task.bank else 1,
+            "SHARED_UNROLL": _unroll(task.shared[2], 1, 1) if task.shared else 1,
         },
     )
 

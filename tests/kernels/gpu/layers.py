@@ -6,7 +6,12 @@ import mlx.core as mx
 import numpy as np
 
 from specdec.kernels.experts import ExpertWeights, SharedExpert
-from specdec.kernels.gpu.experts import feed_forward
+from specdec.kernels.gpu.experts import (
+    combine,
+    experts_apart,
+    feed_forward,
+    shared_hidden,
+)
 from specdec.kernels.linear import Piece
 from specdec.kernels.norm import Norm
 from specdec.kernels.routing import Routing
@@ -100,6 +105,26 @@ class Layer:
         routing = self.routing(experts, weights)
         with through_shim(**options):
             return feed_forward(x, self.norm, self.bank, routing, self.table, self.shared, piece)
+
+    def waves(self, x, experts, weights, **options):
+        """The outputs of streamed experts that come in two waves, of each wave."""
+        routing, table = self.routing(experts, weights), np.array(self.table)
+        for resident in (np.arange(8) < 5, np.arange(8) >= 5):
+            slots = mx.array(np.where(resident, table, -1).astype(np.int32))
+            with through_shim(**options):
+                wave = experts_apart(x, self.norm, self.bank, routing, slots)
+            assert wave.dtype == mx.float32
+            elsewhere = ~resident[experts]
+            assert elsewhere.any()
+            assert not np.array(wave)[elsewhere].any()
+            yield wave
+
+    def combined(self, x, apart, routing, gate, **options):
+        """What the waves add up to, with the shared expert."""
+        piece = None if self.shared is None else Piece(gate, 3, 1)
+        with through_shim(**options):
+            hidden = None if self.shared is None else shared_hidden(x, self.norm, self.shared)
+            return combine(x, apart, routing, self.shared, hidden, piece)
 
     def forward64(self, x, experts, weights, gate, rounded=lambda values: values):
         """The result and the experts' outputs; rounded: what is done where matrix units round."""

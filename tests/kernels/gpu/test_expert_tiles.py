@@ -9,16 +9,13 @@ import pytest
 
 from specdec.kernels.gpu import expert_tiles as gpu
 from specdec.kernels.gpu.expert_launches import launches
-from specdec.kernels.gpu.experts import combine, experts_apart, shared_hidden
 from specdec.kernels.gpu.kernel import Launch
 from specdec.kernels.gpu.tiles import use_tiles
-from specdec.kernels.linear import Piece
 from tests.backends import same_bits
 from tests.kernels.gpu.layers import Layer, exact
 from tests.metal.build import compiler
 from tests.metal.cuda import cuda_source
 from tests.metal.rules import broken_rules
-from tests.metal.run import through_shim
 
 NVCC = shutil.which("nvcc")
 B = mx.bfloat16
@@ -114,28 +111,13 @@ def test_a_row_has_the_same_bits_in_any_company(packing):
 )
 def test_waves_of_streamed_experts_add_up_to_the_whole(layer, kernels, options, launched):
     made = Layer.random(dtype=B, **layer)
-    x, experts, weights, gate = made.inputs(6, 3)
-    routing = made.routing(experts, weights)
-    whole = exact(made.forward(x, experts, weights, gate))
-    table = np.array(made.table)
-    waves = []
-    for resident in (np.arange(8) < 5, np.arange(8) >= 5):
-        slots = mx.array(np.where(resident, table, -1).astype(np.int32))
-        with through_shim(**options):
-            waves.append(experts_apart(x, made.norm, made.bank, routing, slots))
-        assert waves[-1].dtype == mx.float32
-        elsewhere = ~resident[experts]
-        assert elsewhere.any()
-        assert not np.array(waves[-1])[elsewhere].any()
-    apart = waves[0] + waves[1]
-    inputs = x, experts, weights, gate
+    x, experts, weights, gate = inputs = made.inputs(6, 3)
+    whole = made.forward(*inputs)
+    apart = sum(made.waves(x, experts, weights, **options))
     expected = made.forward64(*inputs, rounded)[1]
     np.testing.assert_allclose(np.array(apart), expected, rtol=1e-2, atol=4e-3)
-    piece = None if made.shared is None else Piece(gate, 3, 1)
-    with through_shim(**options):
-        hidden = None if made.shared is None else shared_hidden(x, made.norm, made.shared)
-        y = combine(x, apart, routing, made.shared, hidden, piece)
-    assert same_bits(exact(y), whole)
+    y = made.combined(x, apart, made.routing(experts, weights), gate, **options)
+    assert same_bits(exact(y), exact(whole))
     assert set(launched) == kernels
 
 

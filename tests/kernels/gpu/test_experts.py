@@ -23,7 +23,6 @@ from tests.kernels.gpu.layers import Q4, Layer, exact
 from tests.metal.build import compiler
 from tests.metal.cuda import cuda_source
 from tests.metal.rules import broken_rules
-from tests.metal.run import through_shim
 
 NVCC = shutil.which("nvcc")
 pytestmark = pytest.mark.skipif(compiler() is None, reason="needs g++ on Linux")
@@ -94,26 +93,13 @@ def test_a_row_has_the_same_bits_in_any_company(packing, dtype):
 def test_waves_of_streamed_experts_add_up_to_the_whole(shared, dtype, options):
     made = Layer.random(shared=shared, dtype=dtype)
     x, experts, weights, gate = made.inputs(6, 3)
-    routing = made.routing(experts, weights)
     whole = exact(made.forward(x, experts, weights, gate))
-    table = np.array(made.table)
-    waves = []
-    for resident in (np.arange(8) < 5, np.arange(8) >= 5):
-        slots = mx.array(np.where(resident, table, -1).astype(np.int32))
-        with through_shim(**options):
-            waves.append(experts_apart(x, made.norm, made.bank, routing, slots))
-        assert waves[-1].dtype == mx.float32
-        elsewhere = ~resident[experts]
-        assert elsewhere.any()
-        assert not np.array(waves[-1])[elsewhere].any()
-    apart = waves[0] + waves[1]
+    apart = sum(made.waves(x, experts, weights, **options))
     expected = made.forward64(x, experts, weights, gate)[1]
     np.testing.assert_allclose(np.array(apart), expected, rtol=1e-5, atol=1e-5)
-    piece = None if made.shared is None else Piece(gate, 3, 1)
+    routing = made.routing(experts, weights)
     for given in (routing, Routing(routing.experts, routing.weights)):  # it needs no union
-        with through_shim(**options):
-            hidden = None if made.shared is None else shared_hidden(x, made.norm, made.shared)
-            y = combine(x, apart, given, made.shared, hidden, piece)
+        y = made.combined(x, apart, given, gate, **options)
         assert y.dtype == dtype
         assert np.array_equal(exact(y), whole)
     if made.shared is None:  # in the order of ranks, each product and sum rounded once
