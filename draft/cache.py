@@ -76,7 +76,7 @@ class ContextCache:
         assert keys.shape[1] == self._block
         self.make_room(0)
         self._write(keys, values)
-        return self.rows[0], self.rows[1]
+        return self.rows[:1].squeeze(0), self.rows[1:].squeeze(0)
 
     def seen(self, position: int, causal: bool) -> tuple[np.ndarray, np.ndarray]:
         """The places that each row of a block at `position` sees: from first [block] to before

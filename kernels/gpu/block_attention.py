@@ -69,7 +69,9 @@ def seen_attention(
     queries: mx.array, rows: mx.array, seen: mx.array, places: int, scale: float
 ) -> mx.array:
     blocks = min(rounded(-(-places // POSITIONS)), -(-rows.shape[2] // POSITIONS))
-    return window_attention(queries, rows[0], rows[1], seen, blocks, scale)
+    # views: a number in place of a slice would copy
+    keys, values = rows[:1].squeeze(0), rows[1:].squeeze(0)
+    return window_attention(queries, keys, values, seen, blocks, scale)
 
 
 @cache

@@ -1,8 +1,8 @@
 """Included: texts of kernels as files, for CUDA.
 
-MLX hashes the whole text of a kernel at each of its launches, which for our texts takes half as long
-as all else it does to begin one. The text of an include is short. Its file is named by a hash of what
-it holds, so MLX, which keeps what it compiled by the text it was given, keeps the right thing.
+MLX hashes the whole text of a kernel at each of its launches, which for our texts takes half as
+long as all else it does to begin one. The text of an include is short. Its file is named by a hash
+of what it holds, so MLX, which keeps what it compiled by its text, keeps the right thing.
 """
 
 import hashlib
@@ -10,9 +10,8 @@ import os
 import sys
 import tempfile
 from functools import cache
+from importlib.metadata import version
 from pathlib import Path
-
-import mlx.core as mx
 
 
 def included(text: str) -> str:
@@ -37,7 +36,7 @@ def included(text: str) -> str:
 def _folder() -> Path | None:
     """Beside what MLX compiled, which lives as long; None where there can be none."""
     told = os.environ.get("MLX_PTX_CACHE_DIR")
-    folder = Path(told or Path(tempfile.gettempdir()) / "mlx" / mx.__version__ / "ptx").absolute()
+    folder = Path(told or Path(tempfile.gettempdir()) / "mlx" / version("mlx") / "ptx").absolute()
     if not str(folder).isprintable() or set('"\\') & set(str(folder)):
         return None
     try:

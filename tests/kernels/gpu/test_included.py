@@ -10,6 +10,7 @@ import pytest
 
 from specdec.kernels.gpu import included as module
 from specdec.kernels.gpu.included import included
+from specdec.kernels.gpu.kernel import Template
 from specdec.kernels.gpu.top_tokens import TOP
 from tests.metal.cuda import OPENING, PRELUDE, cuda_source
 
@@ -58,7 +59,7 @@ def test_what_mlx_is_given_compiles_and_names_the_shapes_asked_for(folder, monke
     TOP.on_cuda()
     assert len(given["source"]) + len(given["header"]) < 500
     assert "logits_shape" in given["source"]
-    template = {"T": mx.bfloat16, "WIDTH": 6, "VALUES": 8, "VERDICT": False}
+    template: Template = {"T": mx.bfloat16, "WIDTH": 6, "VALUES": 8, "VERDICT": False}
     whole = cuda_source(TOP, [mx.bfloat16], [mx.int32], template)
     assert whole.startswith(PRELUDE + TOP.header("cuda") + OPENING)
     split = whole.replace(TOP.header("cuda"), given["header"]).replace(TOP.body, given["source"])
