@@ -38,6 +38,17 @@ def uses_gpu_kernels() -> bool:
     return _executor.gpu_kernels
 
 
+def use_threads(count: int) -> None:
+    """How many threads compute the kernels of kernels/cpu from now on; no bit depends on it."""
+    importlib.import_module("specdec.kernels.cpu.team").TEAM.resize(count)
+
+
+def threads() -> int:
+    """How many threads do so, the caller's among them."""
+    team = sys.modules.get("specdec.kernels.cpu.team")
+    return 1 if team is None else int(team.TEAM.threads)
+
+
 @contextmanager
 def gpu_kernels(on: bool = True) -> Iterator[None]:
     """`use_gpu_kernels` for a while."""

@@ -37,6 +37,7 @@ class Sizes:
     row_by_row: whether attention and recurrence go from row to row, and arrays are freed as soon
         as they are done with, as in kernels/cpu; MLX holds the scores of all rows and heads, and
         solves for chunks of rows.
+    threads: that compute row by row, each with its own inputs and scores.
     """
 
     prompt: int
@@ -45,6 +46,7 @@ class Sizes:
     budget: int
     dtype: mx.Dtype
     row_by_row: bool = False
+    threads: int = 1
 
     def __post_init__(self) -> None:
         assert 1 <= self.prompt <= self.context
@@ -58,7 +60,7 @@ class Sizes:
 
     def scores(self, heads: int, rows: int) -> int:
         """How many queries the attention scores of a layer are held of at a time."""
-        return max(heads, QUERIES) if self.row_by_row else rows * heads
+        return self.threads * max(heads, QUERIES) if self.row_by_row else rows * heads
 
     def committed(self, draft: DraftConfig | None) -> int:
         """The most tokens a session commits: the last round may overshoot by a block."""
@@ -150,12 +152,12 @@ def draft_bytes(checkpoint: Checkpoint, config: DraftConfig, sizes: Sizes) -> tu
 def prefill_scratch(config: TargetConfig, draft: DraftConfig | None, sizes: Sizes) -> int:
     """What a prompt's passes hold beside weights and state.
 
-    The widest layer's activations of a chunk; two copies of its attention scores; new states,
-    twice, before they replace the old ones; the chunk's taps, twice, and the draft's pass over
-    them.
+    The widest layer's activations of a chunk, and what threads keep of them; two copies of its
+    attention scores; new states, twice, before they replace the old ones; the chunk's taps, twice,
+    and the draft's pass over them.
     """
     chunk, size = min(sizes.chunk, sizes.prompt), sizes.dtype.size
-    passes = _layer_bytes(config, chunk, sizes)
+    passes = _layer_bytes(config, chunk, sizes) + _inputs_bytes(config, draft, chunk, sizes)
     passes += 2 * sizes.scores(config.num_heads, chunk) * sizes.context * FLOAT
     passes += 2 * state_bytes(config, sizes.dtype) + 2 * config.vocab_size * FLOAT
     if draft is None:
@@ -172,13 +174,14 @@ def verify_scratch(config: TargetConfig, draft: DraftConfig | None, sizes: Sizes
     The tree's pass: the widest layer's activations; two copies of its attention scores; what commit
     will need of every layer; logits [rows, vocab] twice. In MLX also the last keys and values of
     each row's own path, a partial sum per block, and four copies of a recurrent state per row; row
-    by row, one head's states of all rows, and one layer's state twice.
+    by row, one head's states of all rows for each thread, and one layer's state twice.
     Choosing: the logits, and what a sampler makes of one row of them.
     Commit: three generations of all states, and one layer's keys and values while they grow.
     The draft's pass: a block's activations, scores and logits, thrice.
     """
     rows, gdn, dtype = sizes.rows, config.gdn, sizes.dtype
-    tree = _layer_bytes(config, rows, sizes) + 2 * rows * config.vocab_size * FLOAT
+    tree = _layer_bytes(config, rows, sizes) + _inputs_bytes(config, draft, rows, sizes)
+    tree += 2 * rows * config.vocab_size * FLOAT
     tree += 2 * sizes.scores(config.num_heads, rows) * sizes.context * FLOAT
     if not sizes.row_by_row:
         tree += 4 * rows * 2 * BLOCK * config.num_kv_heads * config.head_dim * FLOAT
@@ -189,7 +192,7 @@ def verify_scratch(config: TargetConfig, draft: DraftConfig | None, sizes: Sizes
         if sizes.row_by_row:
             # Keys, deltas and decays, beside the convolution's rows.
             features = gdn.keys + gdn.values + gdn.num_value_heads
-            tree += (rows + 2 * gdn.num_value_heads) * head
+            tree += (sizes.threads * rows + 2 * gdn.num_value_heads) * head
         else:
             features = gdn.num_value_heads * (gdn.value_dim + gdn.key_dim)
             tree += 4 * rows * gdn.num_value_heads * head
@@ -235,3 +238,22 @@ def _layer_bytes(config: TargetConfig, rows: int, sizes: Sizes) -> int:
     if sizes.row_by_row:
         return rows * (residual + max(mixer, experts))
     return int(AHEAD * rows * (residual + mixer + experts))
+
+
+def _inputs_bytes(config: TargetConfig, draft: DraftConfig | None, rows: int, sizes: Sizes) -> int:
+    """What threads keep for themselves of `rows` rows.
+
+    The widest inputs of a matrix, or the inputs of experts, normalized and laid out, with what
+    stands between their matrices and their output.
+    """
+    if not sizes.row_by_row:
+        return 0
+    widths = [
+        4 * config.hidden_size
+        + 3 * max(config.moe_intermediate_size, config.shared_intermediate_size),
+        config.intermediate_size,
+        config.num_heads * config.head_dim,
+        0 if config.gdn is None else config.gdn.values,
+        0 if draft is None else len(draft.target_layer_ids) * config.hidden_size,
+    ]
+    return sizes.threads * rows * max(widths) * FLOAT

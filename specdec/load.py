@@ -12,6 +12,7 @@ from pathlib import Path
 import mlx.core as mx
 
 from specdec.checkpoint import Checkpoint
+from specdec.cores import default_threads
 from specdec.demo_pair import demo_pair
 from specdec.draft.config import DraftConfig
 from specdec.draft.model import Draft
@@ -21,7 +22,7 @@ from specdec.errors import PlanError
 from specdec.footprint import Sizes, verify_rows
 from specdec.hub import resolve
 from specdec.kernels.array import Backend, choose_backend
-from specdec.kernels.executor import use_gpu_kernels
+from specdec.kernels.executor import use_gpu_kernels, use_threads
 from specdec.kernels.gpu.limits import MAX_ROWS
 from specdec.memory import resident_bytes, start_gpu
 from specdec.plan import COMPILER_BYTES, KEPT_BYTES, MemoryPlan, make_plan
@@ -53,6 +54,8 @@ class Settings:
     timing: whether every layer is timed, which slows it down.
     cache_tolerance: margin of cache-aware routing (target.tolerance), 0 for exact routing.
     kernels: the backend by its name, None for what suits the machine (see choose_backend).
+    threads: those that compute the kernels of the cpu backend, of all models of the process from
+        then on; None for `default_threads`.
     """
 
     model: str | None = None
@@ -65,6 +68,7 @@ class Settings:
     budget: int = 6
     prompt: int | None = None
     kernels: str | None = None
+    threads: int | None = None
     cache_tolerance: float = 0.0
     streaming: Streaming = field(default_factory=Streaming)
     timing: bool = False
@@ -119,6 +123,8 @@ def load(
             tokenizer = Tokenizer.open(found.target.folder)
         plan = _plan(found, settings)
         use_gpu_kernels(found.backend.on_gpu)
+        if found.backend.name == "cpu":
+            use_threads(_threads(settings))
         if on_plan is not None:
             on_plan(plan)
         mx.set_cache_limit(KEPT_BYTES)
@@ -193,6 +199,7 @@ def _plan(found: _Headers, settings: Settings) -> MemoryPlan:
             budget=settings.budget,
             dtype=found.backend.dtype,
             row_by_row=found.backend.name == "cpu",
+            threads=_threads(settings),
         ),
         pin_layers=settings.pin_layers,
         cache_slots=settings.cache_slots,
@@ -201,6 +208,10 @@ def _plan(found: _Headers, settings: Settings) -> MemoryPlan:
         compiler_bytes=COMPILER_BYTES if found.backend.name == "cpu" else 0,
         streaming=_streaming(settings),
     )
+
+
+def _threads(settings: Settings) -> int:
+    return settings.threads or default_threads()
 
 
 def _streaming(settings: Settings) -> Streaming:

@@ -130,6 +130,8 @@ def head(
     """What every document begins with: who wrote it, where, how it was asked, what was planned."""
     import mlx.core as mx
 
+    from specdec.kernels.executor import threads
+
     return {
         "schema": SCHEMA,
         "kind": kind,
@@ -140,6 +142,7 @@ def head(
             "numpy": metadata.version("numpy"),
             "device": str(mx.default_device()),
             "kernels": backend.name,
+            "threads": threads() if backend.name == "cpu" else None,
             "exact": backend.exact and not settings.get("cache_tolerance"),
             **machine(),
         },

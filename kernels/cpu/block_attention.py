@@ -7,6 +7,8 @@ threads wait for each other.
 import numpy as np
 
 from specdec.kernels.cpu.attention import attend
+from specdec.kernels.cpu.products import products
+from specdec.kernels.cpu.team import TEAM
 
 _NO_GATES = np.zeros((0, 0), np.float32)
 
@@ -26,5 +28,5 @@ def block_attention(
     out = np.empty((rows, heads * dim), np.float32)
     paths, depths = np.zeros((rows, 0), np.int32), np.full(rows, -1, np.int32)
     whole = queries, keys, values, first, last
-    attend(*whole, 0, paths, depths, np.float32(scale), _NO_GATES, 0, out)
+    attend(TEAM.place, products(), *whole, 0, paths, depths, np.float32(scale), _NO_GATES, 0, out)
     return out.reshape(rows, heads, dim).swapaxes(0, 1)

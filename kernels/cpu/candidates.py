@@ -6,6 +6,7 @@ import numpy as np
 
 from specdec.kernels.cpu.exp import exp
 from specdec.kernels.cpu.jit import jit
+from specdec.kernels.cpu.team import TEAM, share, take
 
 _RUN = 256  # ids that are passed over together when none can be among the best
 
@@ -19,17 +20,23 @@ def top_candidates(logits: np.ndarray, width: int) -> tuple[np.ndarray, np.ndarr
     rows = len(logits)
     ids, values = np.zeros((rows, width), np.int32), np.empty((rows, width))
     totals = np.empty((rows, 1))
-    _top(np.ascontiguousarray(logits), ids, values, totals)
+    _top(TEAM.place, np.ascontiguousarray(logits), ids, values, totals)
     return ids, values, totals
 
 
 @jit
-def _top(logits, ids, values, totals):  # type: ignore[no-untyped-def]
-    rows, vocab = logits.shape
+def _top(team, logits, ids, values, totals):  # type: ignore[no-untyped-def]
+    share(team, logits.shape[0], _top_rows, (logits, ids, values, totals))
+
+
+@jit
+def _top_rows(left, row, logits, ids, values, totals):  # type: ignore[no-untyped-def]
+    vocab = logits.shape[1]
     width = ids.shape[1]
     runs = (vocab + _RUN - 1) // _RUN
     maxima = np.empty(runs, np.float32)
-    for row in range(rows):
+    done = 0
+    while row >= 0:
         for run in range(runs):
             part = logits[row, run * _RUN : min(run * _RUN + _RUN, vocab)]
             highest = part[0]
@@ -62,3 +69,6 @@ def _top(logits, ids, values, totals):  # type: ignore[no-untyped-def]
                     at -= 1
                 values[row, at], ids[row, at] = value, i
                 count = min(count + 1, width)
+        row = take(left)
+        done += 1
+    return done

@@ -106,6 +106,17 @@ def load_float(typing, address):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
+def load_word(typing, address, index):  # type: ignore[no-untyped-def]
+    """One of the int64 from an address on."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Sequence[Any]) -> Any:
+        place = builder.add(args[0], builder.mul(args[1], _INDEX(8)))
+        return _load(builder, _INDEX, place)
+
+    return types.int64(types.int64, types.int64), generate
+
+
+@intrinsic
 def load_bfloat16(typing, address):  # type: ignore[no-untyped-def]
     """The bfloat16 at an address, as a float32."""
 

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from numba import extending, njit
+from numba import extending, njit, types
 from numba.core import event
 
 # An operation spelt out in LLVM instructions; called without the first argument of its definition.
@@ -36,6 +36,14 @@ def jit(function: Callable[..., Any]) -> Callable[..., Any]:
 def inlined(function: Callable[..., Any]) -> Callable[..., Any]:
     """A part of kernels that is compiled as if it stood in them, and never by itself."""
     return _compiled(function, cache=False, inline="always")
+
+
+def entry(kernel: Any, words: int) -> int:
+    """The address of a kernel's code that takes so many int64, by C's rules; compiled now."""
+    signature = (types.int64,) * words
+    kernel.compile(signature)
+    made = kernel.overloads[signature]
+    return int(made.library.get_pointer_to_function(made.fndesc.llvm_cfunc_wrapper_name))
 
 
 def _compiled(

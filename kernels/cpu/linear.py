@@ -11,13 +11,18 @@ from specdec.kernels.cpu.products import (
     BITS,
     DATA,
     GROUP,
+    LINE,
+    OUT,
     SCALES,
     SIZE,
     STRIDE,
     lay_out,
     multiply,
     padded_size,
+    part_width,
+    products,
 )
+from specdec.kernels.cpu.team import TEAM, share, take
 from specdec.kernels.norm import Norm
 from specdec.kernels.weight import Weight
 
@@ -32,7 +37,9 @@ def linear(
     out = np.empty((len(x), weight.data.shape[0]), np.float32)
     scale, eps = (_NONE, 0.0) if norm is None else (norm.weight, norm.eps)
     residual = _NO_ROWS if residual is None else np.ascontiguousarray(residual)
-    _linear(np.ascontiguousarray(x), weight.table, scale, eps, residual, out)
+    _linear(
+        TEAM.place, products(), np.ascontiguousarray(x), weight.table, scale, eps, residual, out
+    )
     return out
 
 
@@ -44,20 +51,36 @@ def embed(ids: np.ndarray, weight: Weight) -> np.ndarray:
 
 
 @jit
-def _linear(x, w, scale, eps, residual, out):  # type: ignore[no-untyped-def]
-    inputs = np.empty((x.shape[0], padded_size(w)), np.float32)
-    h = np.empty(x.shape[1], np.float32)
-    for row in range(x.shape[0]):
+def _linear(team, code, x, w, scale, eps, residual, out):  # type: ignore[no-untyped-def]
+    width = part_width(w[OUT], w[SIZE], x.shape[0], LINE)
+    parts = (w[OUT] + width - 1) // width
+    share(team, parts, _features, (code, x, w, scale, eps, residual, out, width))
+
+
+@jit
+def _features(left, part, code, x, w, scale, eps, residual, out, width):  # type: ignore[no-untyped-def]
+    """Parts of the products: `width` output features of all rows."""
+    rows = x.shape[0]
+    inputs, h = np.empty((rows, padded_size(w)), np.float32), np.empty(x.shape[1], np.float32)
+    sources = np.arange(rows)
+    for row in range(rows):
         if len(scale) > 0:
             normalize(x[row], scale, eps, h)
             lay_out(w, h, inputs[row])
         else:
             lay_out(w, x[row], inputs[row])
-    multiply(w, 0, inputs, np.arange(x.shape[0]), 0, x.shape[0], out, 0)
-    if len(residual) > 0:
-        for row in range(x.shape[0]):
-            for i in range(out.shape[1]):
-                out[row, i] += residual[row, i]
+    done = 0
+    while part >= 0:
+        start = part * width
+        stop = min(start + width, w[OUT])
+        multiply(code, w, 0, inputs, sources, out, start, stop)
+        if len(residual) > 0:
+            for row in range(rows):
+                for i in range(start, stop):
+                    out[row, i] += residual[row, i]
+        part = take(left)
+        done += 1
+    return done
 
 
 @jit

@@ -5,13 +5,18 @@ Blocks of up to eight input rows go through products of several weight rows at a
 decoded to float32 first. Every way gives a product the same bits.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import Any
 
 import numpy as np
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
 
-from specdec.kernels.cpu.decode import address, decode_row
+from specdec.kernels.cpu.decode import address, decode_row, load_word
 from specdec.kernels.cpu.dots import CHUNK, STEP, WIDE, store_dots
-from specdec.kernels.cpu.jit import inlined, jit
+from specdec.kernels.cpu.jit import entry, inlined, intrinsic, jit
 
 # A Weight's table (Weight.table): where it lies in memory, and its format.
 DATA, SCALES, BIASES, BITS, GROUP, SIZE, OUT, STRIDE = range(8)
@@ -19,6 +24,10 @@ DATA, SCALES, BIASES, BITS, GROUP, SIZE, OUT, STRIDE = range(8)
 BLOCK = 4 if WIDE else 2  # weight rows side by side
 MOST = 8 if WIDE else 2  # input rows beside them
 TILE = 4 * MOST  # input rows for which a weight row is decoded to float32 once
+# Of a product that threads share: what a part must be worth, in weights times (4 + rows), about
+# two microseconds; and how many parts there are at most.
+PART, PARTS = 1 << 17, 1024
+LINE = 16  # floats of a line of cache: parts do not write to one another's
 
 
 def _block(bits: int, rows: int) -> Callable[..., None]:
@@ -103,76 +112,98 @@ def _packed_block(rows, d, s, u, v, g, size, x, pitch, at, y, width):  # type: i
                 _packed8(h, s, p, q, g, size, x, pitch, at, z, width)
 
 
-@inlined
-def multiply(w, slot, inputs, sources, first, last, out, column):  # type: ignore[no-untyped-def]
-    """out[i, column:] = the slot's matrix times inputs[sources[i]], for first <= i < last.
-
-    w: a Weight's table; inputs float32 [n, padded] as `lay_out` made them; sources int64;
-    out float32, rows contiguous.
-    """
-    bits, group, size, features, stride = w[BITS], w[GROUP], w[SIZE], w[OUT], w[STRIDE]
+@jit
+def _multiply(w, slot, inputs, pitch, sources, rows, out, width, start, stop):  # type: ignore[no-untyped-def]
+    bits, group, size, features = (
+        load_word(w, BITS),
+        load_word(w, GROUP),
+        load_word(w, SIZE),
+        load_word(w, OUT),
+    )
+    stride, padded = load_word(w, STRIDE), (size + STEP - 1) // STEP * STEP
     groups = size // group * 4 if group else 0
-    data = w[DATA] + slot * features * stride
-    scales, biases = w[SCALES] + slot * features * groups, w[BIASES] + slot * features * groups
-    pitch, width = inputs.strides[0], out.strides[0]
-    padded = inputs.shape[1]
+    data = load_word(w, DATA) + slot * features * stride
+    scales = load_word(w, SCALES) + slot * features * groups
+    biases = load_word(w, BIASES) + slot * features * groups
     direct = group % CHUNK == 0 if bits == 4 else bits >= 16 and size == padded
     kind = bits if direct else 32
     values = np.zeros((1 if direct else BLOCK, padded if not direct else 1), np.float32)
     # Tiles of rows that stay in the nearest cache, of about equal size; decoded weights serve
     # several blocks.
-    rows, most = last - first, MOST if direct else TILE
+    most = MOST if direct else TILE
     tiles = (rows + most - 1) // most
     for tile in range(tiles):
-        start, stop = first + rows * tile // tiles, first + rows * (tile + 1) // tiles
-        for feature in range(0, features, BLOCK):
-            count = min(BLOCK, features - feature)
+        top, bottom = rows * tile // tiles, rows * (tile + 1) // tiles
+        at = sources + 8 * top
+        for feature in range(start, stop, BLOCK):
+            count = min(BLOCK, stop - feature)
             d, s = data + feature * stride, stride
             u, v = scales + feature * groups, biases + feature * groups
+            y = out + top * width + feature * 4
             if not direct:
                 for i in range(count):
                     p, q = u + i * groups, v + i * groups
                     decode_row(bits, d + i * stride, p, q, group, size, values[i])
+                # Taken here because an array lives until its last use in the code.
                 d, s = address(values), values.strides[0]
-            # Addresses are taken here because an array lives until its last use in the code.
-            x, at = address(inputs), address(sources) + 8 * start
-            y = address(out) + start * width + (column + feature) * 4
             if count < BLOCK:
-                for i in range((stop - start) * count):
+                for i in range((bottom - top) * count):
                     row, k = i // count, i % count
                     e, f, z = d + k * s, at + 8 * row, y + row * width + 4 * k
                     p, q = u + k * groups, v + k * groups
                     if kind == 4:
-                        _packed_one(e, s, p, q, group, padded, x, pitch, f, z, width)
+                        _packed_one(e, s, p, q, group, padded, inputs, pitch, f, z, width)
                     elif kind == 16:
-                        _half_one(e, s, p, q, group, padded, x, pitch, f, z, width)
+                        _half_one(e, s, p, q, group, padded, inputs, pitch, f, z, width)
                     else:
-                        _plain_one(e, s, p, q, group, padded, x, pitch, f, z, width)
+                        _plain_one(e, s, p, q, group, padded, inputs, pitch, f, z, width)
             elif kind == 4:
-                _packed_block(stop - start, d, s, u, v, group, padded, x, pitch, at, y, width)
+                _packed_block(bottom - top, d, s, u, v, group, padded, inputs, pitch, at, y, width)
             elif kind == 16:
-                _half_rows(stop - start, d, s, padded, x, pitch, at, y, width)
+                _half_rows(bottom - top, d, s, padded, inputs, pitch, at, y, width)
             else:
-                _plain_rows(stop - start, d, s, padded, x, pitch, at, y, width)
+                _plain_rows(bottom - top, d, s, padded, inputs, pitch, at, y, width)
 
 
-@inlined
-def multiply_plain(values, inputs, features, rows, sources, out):  # type: ignore[no-untyped-def]
-    """out[: rows, : features] = values float32 [features or more, size] times the first `rows`
-    of inputs [n, size]; size is a multiple of STEP."""
-    size = inputs.shape[1]
-    stride, pitch, width = values.strides[0], inputs.strides[0], out.strides[0]
-    for feature in range(0, features, BLOCK):
-        count = min(BLOCK, features - feature)
-        d, x, at = address(values) + feature * stride, address(inputs), address(sources)
-        y = address(out) + 4 * feature
-        if count == BLOCK:
-            _plain_rows(rows, d, stride, size, x, pitch, at, y, width)
-        else:
-            for i in range(rows * count):
-                row, k = i // count, i % count
-                e, f, z = d + k * stride, at + 8 * row, y + row * width + 4 * k
-                _plain_one(e, stride, 0, 0, 0, size, x, pitch, f, z, width)
+@cache
+def products() -> int:
+    """Where the compiled products stand, for `multiply`. Their code is the largest of all, and
+    what calls it in Numba's way gets a copy of it, compiled anew."""
+    return entry(_multiply, 10)
+
+
+@intrinsic
+def _call(typing, function, words):  # type: ignore[no-untyped-def]
+    """A compiled function that takes words, at an address."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Sequence[Any]) -> Any:
+        given = cgutils.unpack_tuple(builder, args[1])
+        kind = ir.FunctionType(ir.VoidType(), [value.type for value in given])
+        builder.call(builder.inttoptr(args[0], kind.as_pointer()), given)
+        return context.get_dummy_value()
+
+    return types.void(function, words), generate
+
+
+@jit
+def multiply(products, w, slot, inputs, sources, out, start, stop):  # type: ignore[no-untyped-def]
+    """out[i, start:stop] = these features of the slot's matrix times inputs[sources[i]].
+
+    products: `products()`; w: a Weight's table; inputs float32 [n, padded] as `lay_out` made them;
+    sources int64 [m]; out float32 [m or more, features], rows contiguous; start: a multiple of
+    BLOCK.
+    """
+    places = address(inputs), inputs.strides[0], address(sources), len(sources)
+    to = address(out), out.strides[0], start, stop
+    _call(products, (address(w), np.int64(slot), *places, *to))
+
+
+@jit
+def part_width(features, size, rows, step):  # type: ignore[no-untyped-def]
+    """Features of a part, a multiple of `step`, for `features` of `size` weights times `rows`."""
+    least = PART // (size * (4 + rows)) // step * step
+    most = (features + PARTS - 1) // PARTS
+    return max(least, (most + step - 1) // step * step, step)
 
 
 @jit
@@ -184,15 +215,20 @@ def padded_size(w):  # type: ignore[no-untyped-def]
 @jit
 def lay_out(w, row, to):  # type: ignore[no-untyped-def]
     """An input row as the weight's products read it: `to` [padded], zeros behind the last."""
-    size = w[SIZE]
+    lay_out_part(w, row, to, 0, w[SIZE])
+
+
+@jit
+def lay_out_part(w, row, to, start, stop):  # type: ignore[no-untyped-def]
+    """The features start to stop - 1 of it; start: a multiple of STEP, stop: one, or the end."""
     if w[BITS] == 4:
-        for step in range(size // STEP):
-            at = step * STEP
+        for at in range(start, stop, STEP):
             for i in range(STEP // 2):
                 to[at + i] = row[at + 2 * i]
                 to[at + STEP // 2 + i] = row[at + 2 * i + 1]
     else:
-        for i in range(size):
+        for i in range(start, stop):
             to[i] = row[i]
-        for i in range(size, len(to)):
-            to[i] = 0
+        if stop == w[SIZE]:
+            for i in range(stop, padded_size(w)):
+                to[i] = 0

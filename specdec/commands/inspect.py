@@ -1,12 +1,16 @@
 """`specdec inspect`: what a target is, how it is packed, and what it would take to run it."""
 
-from typing import Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from specdec.commands.console import emit
 from specdec.commands.options import MAX_BUDGET, memory_options
 from specdec.units import size, table
+
+if TYPE_CHECKING:
+    from specdec.kernels.array import Backend
 
 
 @click.command()
@@ -57,7 +61,7 @@ def inspect(**options: Any) -> None:
             *words,
             *architecture(config),
             ("parameters", f"{count / 1e6:,.1f} M"),
-            ("runs on", f"{backend.name} kernels: {backend.why}"),
+            ("runs on", f"{backend.name} kernels{_threads(backend, options)}: {backend.why}"),
             ("exact", "yes" if backend.exact else "not known: rows may depend on their company"),
         ]
         emit("\n".join(f"{subject:<14}{words}" for subject, words in rows))
@@ -70,3 +74,13 @@ def inspect(**options: Any) -> None:
     emit(table(lines, left=(0, 3)))
     emit("")
     emit(session.plan_text(plan_for(settings)))
+
+
+def _threads(backend: "Backend", options: Mapping[str, Any]) -> str:
+    """How many compute, where that can be chosen."""
+    if backend.name != "cpu":
+        return ""
+    from specdec.cores import default_threads
+
+    count = options["threads"] or default_threads()
+    return f", {count} threads" if count > 1 else ", 1 thread"

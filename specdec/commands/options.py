@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 import click
 
 MAX_BUDGET = 256
+MAX_THREADS = 64
 KERNELS = ("metal", "cuda", "cpu", "reference")  # kernels.array.BACKENDS, without importing MLX
 IO = ("buffered", "direct")
 POLICIES = ("lru", "s3-fifo")  # target.policy.POLICIES, without importing NumPy
@@ -56,8 +57,14 @@ class FirstLast(click.ParamType):
 
 def memory_options(command: Command) -> Command:
     """--pin-layers, --cache-slots, --memory-gb, --prefill-chunk; how experts are read and kept:
-    --io, --queue-depth, --policy, --protect, --prefetch, --prefetch-mb."""
+    --io, --queue-depth, --policy, --protect, --prefetch, --prefetch-mb; --threads."""
     for option in (
+        click.option(
+            "--threads",
+            type=click.IntRange(1, MAX_THREADS),
+            help="Threads that compute the cpu kernels; no token depends on it.  [default: the "
+            "cores this process may use, 8 at most]",
+        ),
         click.option(
             "--prefill-chunk",
             type=click.IntRange(min=1),

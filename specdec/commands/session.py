@@ -38,6 +38,7 @@ def settings(
         budget=budget,
         prompt=prompt,
         kernels=options.get("kernels"),
+        threads=options["threads"],
         cache_tolerance=options.get("cache_tolerance") or 0.0,
         timing=options.get("timing", False),
         streaming=Streaming(
@@ -110,6 +111,8 @@ def load(
             "note: on this device MLX's own operations compute one row and several rows with "
             "different kernels; the tokens may differ from those of --budget 1 (--compare tells)"
         )
+    if options["threads"] is not None and loaded.backend.name != "cpu":
+        console.note(f"note: --threads is for the cpu kernels, not for {loaded.backend.name}")
     if options.get("cache_tolerance"):
         console.note(
             f"note: --cache-tolerance {options['cache_tolerance']:g}: routing prefers experts in "

@@ -1,6 +1,7 @@
 """A report as text, as Markdown, and as JSON."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -74,10 +75,16 @@ def _file(file: RunFile) -> str:
         f"{settings.get('model') or 'the demo pair'}",
         f"{len(file.runs)} runs",
         f"{where.get('processor') or where.get('machine')}, {where.get('cores', '?')} cores",
-        f"kernels {where.get('kernels')} on {where.get('device')}, MLX {where.get('mlx')}",
+        f"kernels {where.get('kernels')} on {_device(where)}, MLX {where.get('mlx')}",
         f"plan {size(file.plan.total)}, {len(file.plan.pinned)} layers pinned",
     ]
     return "; ".join(parts)
+
+
+def _device(where: Mapping[str, Any]) -> str:
+    """What computed, and how many threads where that can be chosen."""
+    threads = where.get("threads")
+    return f"{where.get('device')}" + (f" ({threads} threads)" if threads else "")
 
 
 def _table(one: Table) -> str:

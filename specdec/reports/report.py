@@ -61,7 +61,7 @@ def _warnings(report: Report) -> list[str]:
                     f"{file.path}: NOT EXACT: --cache-tolerance changed choices of experts"
                 )
                 break
-    for name in ("machine", "processor", "device", "kernels", "mlx"):
+    for name in ("machine", "processor", "device", "kernels", "threads", "mlx"):
         found = {str(file.environment.get(name)) for file in report.files}
         if len(found) > 1:
             words.append(
