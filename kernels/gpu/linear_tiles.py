@@ -1,7 +1,7 @@
 """Linear layers on matrix units, for large matrices: how a launch of linear_tiles is cut up.
 
-Seven rows cost what one does there. A small matrix is faster without (linear.metal), where each
-simdgroup has less to wait for.
+Seven rows cost what one does there. One row of a small matrix is faster without (linear.metal),
+where each simdgroup has less to wait for.
 """
 
 import mlx.core as mx
@@ -9,7 +9,7 @@ import mlx.core as mx
 from specdec.kernels.gpu.kernel import Launch, MetalKernel
 from specdec.kernels.gpu.tiles import TILE_FEATURES, TILE_ROWS, groups_of
 
-LARGE = 1 << 21  # weights of a matrix, at least
+LARGE = 1 << 19  # weights of a matrix, at least
 ENOUGH = 2048  # simdgroups keep a large GPU busy
 MAX_SPLIT = 8  # of a row's inputs: what they leave each other fits threadgroup memory
 SIMDGROUPS = 4  # of a threadgroup, at least
@@ -40,7 +40,7 @@ def linear_tiles(
     groups = groups_of(bits, group_size, inputs)
     split, tiles, unroll, row_tiles = _cut(groups, outs, rows)
     if group_size == 128:
-        unroll = 1  # of two steps each
+        unroll = max(1, unroll // 2)  # of two steps each
     simdgroups = max(split, SIMDGROUPS)
     threads = 32 * simdgroups
     features = TILE_FEATURES * tiles * (simdgroups // split)  # of a threadgroup
@@ -75,5 +75,7 @@ def _cut(groups: int, outs: int, rows: int) -> tuple[int, int, int, int]:
     row_tiles = 1 << (blocks - 1).bit_length()
     # what an H100 has fastest, as registers allow: two tiles share what is made of x
     side = 2 if row_tiles <= 2 and tiles * split >= ENOUGH * 3 // 2 else 1
-    unroll = 2 if side == 1 and row_tiles <= 2 and groups // split % 2 == 0 else 1
+    unroll, most = 1, 1 if side == 2 or row_tiles > 2 else 2 if tiles * split >= ENOUGH // 2 else 4
+    while unroll < most and groups // split % (2 * unroll) == 0:
+        unroll *= 2
     return split, side, unroll, row_tiles
