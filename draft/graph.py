@@ -23,6 +23,7 @@ from specdec.kernels.gpu.graphs import Graphs
 from specdec.kernels.linear import embed, linear
 from specdec.kernels.norm import Norm, swiglu
 from specdec.kernels.rope import Rope
+from specdec.kernels.tapped import Taps, tapped_rows
 from specdec.kernels.top_tokens import top_tokens
 from specdec.kernels.weight import Weight
 
@@ -45,6 +46,8 @@ class DraftGraph:
         self._config, self._weights, self._embedding = config, weights, embedding
         self._rope, self._dtype, self._logits = rope, dtype, logits
         self._graphs = Graphs()
+        columns = len(config.target_layer_ids) * config.hidden_size
+        self._none = Taps([mx.zeros((1, columns), dtype)], ())
         eps = config.rms_norm_eps
         self._context_norm = Norm(weights.hidden_norm, eps)
         self._shapes = [
@@ -66,18 +69,20 @@ class DraftGraph:
         self,
         caches: Sequence[ContextCache],
         length: int,
-        told: mx.array,
-        count: int,
+        told: Taps | None,
         bonus: int,
         width: int,
         slots: int,
     ) -> mx.array:
-        """Begin a pass after `length` known tokens and `count` rows of told [block, taps * hidden].
+        """Begin a pass after `length` known tokens and the told rows, a block's at most.
 
-        int32 [slots, 2 * width + 3], as kernels.top_tokens. Keys and values of the rows that count
-        stand in the caches afterwards, behind their end.
+        int32 [slots, 2 * width + 3], as kernels.top_tokens. Keys and values of the told rows stand
+        in the caches afterwards, behind their end.
         """
         config = self._config
+        told = self._none if told is None else told
+        count = len(told)
+        rows = range(count) if told.rows is None else told.rows
         for cache in caches:
             cache.make_room(count)
         block, position = config.block_size, length + count
@@ -89,16 +94,19 @@ class DraftGraph:
         numbers = np.concatenate(
             [
                 [count, *(length - cache.start for cache in caches)],
+                [*rows, *[0] * (block - count)],  # those that do not count are any
                 [bonus, *[config.mask_token_id] * config.slots],
                 *(table.ravel() for table in tables),
             ]
         ).astype(np.int32)
-        kind = (width, slots, *reached, *(cache.rows.shape[2] for cache in caches))
+        buffers = tuple(cache.rows.shape[2] for cache in caches)
+        shapes = len(told.parts), *told.parts[0].shape
+        kind = width, slots, *reached, buffers, shapes, told.parts[0].dtype
         graph = self._graphs.of(kind, partial(self._body, width, slots, reached))
         cos, sin = self._rope.run(length, 2 * block)
         found, rows = graph(
             {
-                "told": told,
+                "told": list(told.parts),
                 "numbers": mx.array(numbers),
                 "cos": cos,
                 "sin": sin,
@@ -116,7 +124,8 @@ class DraftGraph:
         config, weights, numbers = self._config, self._weights, given["numbers"]
         block, layers = config.block_size, config.num_layers
         places = [numbers[1 + i : 2 + i] for i in range(layers)]
-        at = 1 + layers
+        told = tapped_rows(given["told"], numbers[1 + layers : 1 + layers + block])
+        at = 1 + layers + block
         x = embed(numbers[at : at + block], self._embedding).astype(self._dtype)
         if config.input_embedding_scale != 1.0:
             x = x * config.input_embedding_scale
@@ -126,7 +135,7 @@ class DraftGraph:
             for i in range(at, at + 4 * block * layers, 4 * block)
         ]
         # Not normalized again by a layer's input norm, unlike the block's rows.
-        context = linear(given["told"].astype(self._dtype), weights.fc)
+        context = linear(told.astype(self._dtype), weights.fc)
         kept = []
         for i, layer in enumerate(weights.layers):
             before, after = self._norms[i]

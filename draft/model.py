@@ -32,6 +32,7 @@ from specdec.kernels.gpu.limits import MAX_ROWS
 from specdec.kernels.linear import embed, linear
 from specdec.kernels.norm import Norm, rms_norm, swiglu
 from specdec.kernels.rope import Rope
+from specdec.kernels.tapped import Taps
 from specdec.kernels.weight import Weight
 from specdec.tree.block import Block
 
@@ -41,8 +42,7 @@ class Begun:
     """A pass that was begun: with which rows, None once they are known to be committed; what was
     asked, bonus token, width and slots; the answer, as kernels.top_tokens gives it."""
 
-    told: Array | None
-    count: int
+    told: Taps | None
     asked: tuple[int, int, int | None]
     found: mx.array
 
@@ -93,7 +93,7 @@ class Draft:
         """Forget all tokens."""
         config = self.config
         self._length = 0
-        self._waiting: tuple[Array, int] | None = None  # to be told with the next proposal
+        self._waiting: Taps | None = None  # to be told with the next proposal
         self._begun: Begun | None = None
         self._caches = [
             ContextCache(
@@ -105,48 +105,44 @@ class Draft:
     @property
     def length(self) -> int:
         """Committed tokens the draft knows of: P, the position of the next bonus token."""
-        return self._length + (self._waiting[1] if self._waiting else 0)
+        return self._length + (0 if self._waiting is None else len(self._waiting))
 
     @property
     def compiled(self) -> bool:
         """Whether passes are graphs, for which rows are told with the proposal that follows."""
         return self._graph is not None
 
-    def extend(self, taps: Array, count: int | None = None) -> None:
-        """Add newly committed tokens: taps [n, taps * hidden], a row each, in order; of them only
-        the first `count`, if that is given.
+    def extend(self, taps: Array | Taps) -> None:
+        """Add newly committed tokens: taps [n, taps * hidden], a row each, in order.
 
         In one call or in many, the context is the same. The work is started, not waited for.
         """
-        count = len(taps) if count is None else count
         begun = self._begun
-        if begun is not None and begun.told is taps and begun.count == count:
-            self._know(count)
+        if begun is not None and begun.told is not None and begun.told is taps:
+            self._know(len(begun.told))
             self._begun = replace(begun, told=None)
             return
         self._begun = None
         if self._waiting is not None:
-            self._extend(*self._waiting)
+            self._extend(self._waiting.values)
             self._waiting = None
-        if self.compiled and count <= self.config.block_size:
-            self._waiting = taps, count
+        taps = taps if isinstance(taps, Taps) else Taps([taps])
+        if self.compiled and len(taps) <= self.config.block_size:
+            self._waiting = taps
         else:
-            self._extend(taps, count)
+            self._extend(taps.values)
 
-    def look_ahead(
-        self, taps: Array, count: int, bonus: int, width: int, slots: int | None = None
-    ) -> None:
-        """Begin what `extend(taps, count)` and then `propose(bonus, width, slots)` will ask for.
+    def look_ahead(self, taps: Taps, bonus: int, width: int, slots: int | None = None) -> None:
+        """Begin what `extend(taps)` and then `propose(bonus, width, slots)` will ask for.
 
         If they never do, nothing is lost. Only where passes are compiled.
         """
         assert self._waiting is None
         self._begun = None
-        self._begun = self._begin(taps, count, bonus, width, slots)
+        self._begun = self._begin(taps, bonus, width, slots)
 
-    def _extend(self, taps: Array, count: int) -> None:
-        config, weights = self.config, self.weights
-        taps = taps[:count]
+    def _extend(self, taps: Array) -> None:
+        config, weights, count = self.config, self.weights, len(taps)
         assert taps.shape == (count, len(config.target_layer_ids) * config.hidden_size)
         # Not normalized again by a layer's input norm, unlike the block's rows.
         context = linear(self._cast(taps), weights.fc)
@@ -178,31 +174,22 @@ class Draft:
         """The proposal that was begun, or one that is begun now."""
         begun, self._begun = self._begun, None
         if begun is None or begun.told is not None or begun.asked != (bonus, width, slots):
-            told, count = self._waiting or (None, 0)
-            begun = self._begin(told, count, bonus, width, slots)
-            self._know(count)
+            begun = self._begin(self._waiting, bonus, width, slots)
+            self._know(0 if self._waiting is None else len(self._waiting))
         return as_block(np.array(begun.found))
 
-    def _begin(
-        self, told: Array | None, count: int, bonus: int, width: int, slots: int | None
-    ) -> "Begun":
+    def _begin(self, told: Taps | None, bonus: int, width: int, slots: int | None) -> Begun:
         assert self._graph is not None
         config = self.config
-        block, columns = config.block_size, len(config.target_layer_ids) * config.hidden_size
-        rows = mx.zeros((block, columns), self.backend.dtype) if told is None else told[:block]
-        if len(rows) < block:
-            missing = mx.zeros((block - len(rows), columns), rows.dtype)
-            rows = mx.concatenate([rows, missing])
         found = self._graph.begin(
             self._caches,
             self._length,
-            rows,
-            count,
+            told,
             bonus,
             min(width, config.vocab_size),
             config.slots if slots is None else min(slots, config.slots),
         )
-        return Begun(told, count, (bonus, width, slots), found)
+        return Begun(told, (bonus, width, slots), found)
 
     def _know(self, count: int) -> None:
         """Rows that a graph told the caches of are committed."""

@@ -6,7 +6,6 @@ Plain autoregressive decoding is the same round with the root alone for a tree.
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from time import perf_counter
-from typing import NamedTuple
 
 import numpy as np
 
@@ -16,8 +15,9 @@ from specdec.chooser import chooser
 from specdec.draft.model import Draft
 from specdec.errors import SpecdecError
 from specdec.interrupt import Interrupts
-from specdec.kernels.array import Array, concatenate
+from specdec.kernels.array import concatenate
 from specdec.kernels.gpu.limits import TREE_NODES
+from specdec.kernels.tapped import Taps
 from specdec.round import PhaseSeconds, Prefill, Round
 from specdec.round_costs import RoundCosts
 from specdec.sampling import GREEDY, Sampling
@@ -29,13 +29,6 @@ from specdec.tree.draft_tree import DraftTree
 # While plain decoding goes on in a session that may draft again, the draft is told of this many
 # tokens at a time: cheaper than one by one, and the taps that wait are bounded.
 CATCH_UP_ROWS = 32
-
-
-class Told(NamedTuple):
-    """Taps [n, taps * hidden], of which the first `real` are of committed tokens."""
-
-    rows: Array
-    real: int
 
 
 class Engine:
@@ -74,7 +67,7 @@ class Engine:
             self.draft.reset()
         self._bonus: int | None = None
         self._drafting = False
-        self._untold: list[Told] = []  # of committed tokens the draft does not know of
+        self._untold: list[Taps] = []  # of committed tokens the draft does not know of
 
     def prefill(
         self,
@@ -96,7 +89,7 @@ class Engine:
             output = self.target.prefill(chunk)
             self.chooser.commit(chunk)
             if self._drafting:
-                self._untold.append(Told(output.taps, len(chunk)))
+                self._untold.append(Taps(output.tapped))
                 self._tell_draft()
             if on_progress is not None:
                 on_progress(done + len(chunk), len(tokens))
@@ -126,7 +119,7 @@ class Engine:
             self._begin_root(output)
         path, bonus = self.chooser.walk(tree, output.logits, output.verdict)
         times.append(perf_counter())
-        taps = [self._taps(output, path)] if self._drafting else []
+        taps = [Taps(output.tapped, path)] if self._drafting else []
         if block is not None:
             self._begin_block(limit, taps[0], bonus)
         times.append(perf_counter())
@@ -170,24 +163,14 @@ class Engine:
             if token is not None:
                 self.target.look_ahead(token)
 
-    def _begin_block(self, limit: int, taps: Told, bonus: int) -> None:
+    def _begin_block(self, limit: int, taps: Taps, bonus: int) -> None:
         """The next round drafts as much: let a GPU do it while the host commits this one."""
         assert self.draft is not None
         if self.draft.compiled:
-            self.draft.look_ahead(*taps, bonus, self.chooser.width(limit), limit)
-
-    def _taps(self, output: Output, path: Sequence[int]) -> Told:
-        """Of the path's rows. Where the draft's passes are graphs as many as they take, of which
-        those behind the path do not count."""
-        rows = list(path)
-        if len(rows) == len(output.taps):
-            return Told(output.taps, len(rows))
-        if self.draft is not None and self.draft.compiled:
-            rows += [0] * (self.draft.config.block_size - len(rows))
-        return Told(output.taps[self.target.backend.index(rows)], len(path))
+            self.draft.look_ahead(taps, bonus, self.chooser.width(limit), limit)
 
     def _untold_rows(self) -> int:
-        return sum(told.real for told in self._untold)
+        return sum(len(taps) for taps in self._untold)
 
     def _tell_draft(self) -> None:
         """Extend the draft's context by what was committed since it last drafted.
@@ -196,9 +179,8 @@ class Engine:
         """
         if self._untold:
             assert self.draft is not None
-            told = self._untold[0]
+            taps = self._untold[0]
             if len(self._untold) > 1:
-                rows = concatenate([rows[:real] for rows, real in self._untold])
-                told = Told(rows, len(rows))
-            self.draft.extend(*told)
+                taps = Taps([concatenate([taps.values for taps in self._untold])])
+            self.draft.extend(taps)
             self._untold.clear()

@@ -36,8 +36,8 @@ class CommitGraph(Graphs):
         found = graph(
             {
                 "numbers": mx.array(numbers),
-                "keys": state.keys,
-                "values": state.values,
+                "keys": state.keys if moves else [],
+                "values": state.values if moves else [],
                 "conv": state.conv,
                 "recurrent": state.recurrent,
                 "tapes": [tape.rows for tape in this.tapes],
@@ -45,7 +45,8 @@ class CommitGraph(Graphs):
         )
         conv, recurrent, keys, values = found
         start(*keys, *values, *conv, *recurrent)
-        state.keys[:], state.values[:] = keys, values
+        if moves:
+            state.keys[:], state.values[:] = keys, values
         state.advance(len(path), conv, recurrent)
 
 

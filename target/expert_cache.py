@@ -9,7 +9,7 @@ decided in target/admission.py.
 Layers whose experts differ in shape or packing cannot share slots; each kind gets its own group.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -193,13 +193,14 @@ class ExpertCache:
         if layer not in self._pinned:
             self._groups[layer].table.touch(layer, experts)
 
-    def count_hits(self, layer: int, experts: Array) -> None:
-        """One pass used these experts [rows, top_k] of a pinned layer without asking: each counts
+    def count_hits(self, chosen: Mapping[int, Array]) -> None:
+        """One pass used these experts [rows, top_k] of pinned layers without asking: each counts
         as one hit."""
-        assert layer in self._pinned
-        if experts.shape[0] == 1:  # whatever they are
-            self._counters[layer].hits += experts.shape[1]
-        elif self._pinned_hits.add(layer, experts):
+        rows, top_k = next(iter(chosen.values())).shape if chosen else (0, 0)
+        if rows == 1:  # whatever they are
+            for layer in chosen:
+                self._counters[layer].hits += top_k
+        elif self._pinned_hits.add(chosen):
             self._count_pinned()
 
     def count_synchronization(self, layer: int) -> None:

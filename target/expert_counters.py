@@ -1,6 +1,6 @@
 """Counters of the expert cache: what each layer asked for, and what that cost."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -54,10 +54,10 @@ class PinnedHits:
         self._layers: list[int] = []
         self._used: list[Array] = []
 
-    def add(self, layer: int, experts: Array) -> bool:
-        """Note one pass's experts [rows, top_k]; whether it is time to `take` them."""
-        self._layers.append(layer)
-        self._used.append(experts)
+    def add(self, chosen: Mapping[int, Array]) -> bool:
+        """Note one pass's experts [rows, top_k] by layer; whether it is time to `take` them."""
+        self._layers += chosen
+        self._used += chosen.values()
         return len(self._used) >= UNCOUNTED
 
     def take(self) -> Sequence[tuple[int, int]]:

@@ -17,7 +17,6 @@ from specdec.errors import NonFiniteError
 from specdec.kernels.array import (
     Array,
     Backend,
-    concatenate,
     evaluate,
     finite_rows,
     start,
@@ -155,15 +154,15 @@ class Target:
         self._pending = self._ahead = None  # they were begun behind fewer tokens
         rows = np.array(tokens, np.int32)
         this = PromptPass(self.state, self.rope, len(rows))
-        hidden, taps = self._forward(rows, this)
+        hidden, tapped = self._forward(rows, this)
         logits = self._logits(hidden if all_logits else hidden[-1:])
-        evaluate(logits, taps)
+        evaluate(logits, *tapped)
         # The logits are the last row's alone; the taps, and later the keys, are every row's.
         if not (finite_rows(hidden).all() and finite_rows(logits).all()):
             self._refuse(rows, this)
         self._count(rows, this, slice(None))
         this.commit()
-        return Output(logits, taps)
+        return Output(logits, tapped)
 
     def foresee(self, tree: DraftTree) -> None:
         """A tree is about to be verified, maybe with more nodes: its experts may be read ahead."""
@@ -204,14 +203,14 @@ class Target:
 
     def _begin(self, tokens: Array, this: TreePass) -> Pending:
         run = self._graph if self.compiled else self._verify
-        logits, taps, found = run(tokens, this)
+        logits, tapped, found = run(tokens, this)
         # Slots must not be filled anew while a graph that reads them waits.
         begin = start if self.experts.all_pinned else evaluate
-        begin(logits, taps, found, *this.arrays())
+        begin(logits, *tapped, found, *this.arrays())
         self.prefetcher.passed()
         if self.backend.on_gpu:
-            return Pending(tokens, this, Output(logits, taps, Verdict(found)), None)
-        return Pending(tokens, this, Output(logits, taps), found)
+            return Pending(tokens, this, Output(logits, tapped, Verdict(found)), None)
+        return Pending(tokens, this, Output(logits, tapped), found)
 
     def commit(self, path: Sequence[int]) -> None:
         """Make a path of the verified tree (rows, the root first) part of the state.
@@ -235,14 +234,14 @@ class Target:
             ahead.this.state = self.state  # what it was begun behind is committed
             self._ahead = ahead
 
-    def _verify(self, tokens: Array, this: TreePass) -> tuple[Array, Array, Array]:
+    def _verify(self, tokens: Array, this: TreePass) -> tuple[Array, list[Array], Array]:
         """Logits, taps, and which rows of the logits are finite, on a GPU as a verdict."""
-        hidden, taps = self._forward(tokens, this)
+        hidden, tapped = self._forward(tokens, this)
         logits = self._logits(hidden)
-        return logits, taps, (verdict if self.backend.on_gpu else finite_rows)(logits)
+        return logits, tapped, (verdict if self.backend.on_gpu else finite_rows)(logits)
 
     def _forward(self, tokens: Array, this: Pass, probe: bool = False) -> tuple:
-        """Hidden rows after the last layer [rows, hidden], and the taps [rows, taps * hidden].
+        """Hidden rows after the last layer and after each tapped one, [rows, hidden] each.
 
         With `probe`, every layer's output is checked, and NonFiniteError names the first bad one.
         """
@@ -267,8 +266,7 @@ class Target:
                 raise NonFiniteError(f"NaN or Inf first appears in layer {i} (feed-forward)")
             if i in self.taps:
                 tapped[i] = x
-        taps = [tapped[i] for i in self.taps]
-        return x, concatenate(taps, axis=-1) if taps else x[:, :0]
+        return x, [tapped[i] for i in self.taps] or [x[:, :0]]
 
     def _logits(self, hidden: Array) -> Array:
         """[rows, hidden] -> [rows, vocab]."""
@@ -284,11 +282,12 @@ class Target:
         nobody asks for, experts that any row of the pass used count as hits."""
         for observer in self.observers:  # first: an error in one leaves everything as it was
             observer(tokens, this, rows)
-        for layer, chosen in this.chosen.items():
-            if self.experts.is_pinned(layer):
-                self.experts.count_hits(layer, chosen)
-            else:
-                self.experts.touch(layer, chosen[rows])
-        self.prefetcher.learn(
-            tokens[rows], {i: this.chosen[i][rows] for i in self.prefetcher.layers}
+        self.experts.count_hits(
+            {i: chosen for i, chosen in this.chosen.items() if self.experts.is_pinned(i)}
         )
+        if self.experts.all_pinned:
+            return
+        learnt = {i: this.chosen[i][rows] for i in self.prefetcher.layers}
+        for layer, experts in learnt.items():
+            self.experts.touch(layer, experts)
+        self.prefetcher.learn(tokens[rows], learnt)

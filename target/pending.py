@@ -1,5 +1,6 @@
 """Pending: a verify pass that was begun and is not committed."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -7,6 +8,7 @@ import mlx.core as mx
 import numpy as np
 
 from specdec.kernels.array import Array, to_numpy
+from specdec.kernels.tapped import Taps
 from specdec.target.passes import TreePass
 
 
@@ -41,15 +43,20 @@ class Verdict:
 
 @dataclass(frozen=True, eq=False)
 class Output:
-    """logits [rows, vocab] and taps [rows, taps * hidden] (the tapped layers' outputs in order).
+    """logits [rows, vocab], and each tapped layer's output [rows, hidden], in order.
 
     Of a prefill, logits has the last row alone unless all were asked for. verdict: of a verify
     pass on a GPU.
     """
 
     logits: Array
-    taps: Array
+    tapped: Sequence[Array]
     verdict: Verdict | None = None
+
+    @property
+    def taps(self) -> Array:
+        """The tapped outputs side by side: [rows, taps * hidden]."""
+        return Taps(self.tapped).values
 
 
 @dataclass(frozen=True, eq=False)

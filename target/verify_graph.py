@@ -1,9 +1,8 @@
 """VerifyGraph: verify passes compiled by MLX, so that Python builds each kind of pass once.
 
 On a GPU a pass of a large model is hundreds of launches, and building them in Python takes longer
-than the GPU takes to run them. Passes over as many rows that launch the same kernels (see
-kernels.gpu.prepared) are one graph: all that differs between them, the tree, the state and how much
-of it is committed, goes in as arrays.
+than the GPU takes to run them. Passes over as many rows are one graph: all that differs between
+them, the tree, the state and how much of it is committed, goes in as arrays.
 """
 
 from collections.abc import Callable
@@ -21,24 +20,25 @@ from specdec.kernels.layout import TreeLayout
 from specdec.target.passes import TreePass
 from specdec.target.state import State
 
-Body = Callable[[Array, TreePass], tuple[Array, ...]]
+Body = Callable[[Array, TreePass], tuple[Any, ...]]
 
 
 class VerifyGraph(Graphs):
-    """A body, tokens int32 [rows] and a pass -> arrays, and the graphs it was compiled to."""
+    """A body, tokens int32 [rows] and a pass -> arrays and lists of them, and the graphs it was
+    compiled to."""
 
     def __init__(self, body: Body) -> None:
         super().__init__()
         self._body = body
 
-    def __call__(self, tokens: Array, this: TreePass) -> tuple[Array, ...]:
+    def __call__(self, tokens: Array, this: TreePass) -> tuple[Any, ...]:
         """What the body returns; the pass and its state are as if it had run on them."""
         # A reference reads the tree on the host, so its graph would be this very pass's alone.
         if refused or len(tokens) > MAX_ROWS:
             return self._body(tokens, this)
         state, gdn = this.state, this.state.config.gdn
         made = prepare(this.layout, None if gdn is None else gdn.conv_kernel, tokens)
-        kind = (*made.kind, state.keys[0].shape[1] if state.keys else 0)
+        kind = this.tree.rows, state.keys[0].shape[1] if state.keys else 0
         graph = self.of(kind, partial(self._trace, this.tree.parents, state.length))
         found = graph(
             {

@@ -37,7 +37,7 @@ class TableTarget:
 
     def prefill(self, tokens) -> Output:
         self.tokens.extend(tokens)
-        return Output(self.after(self.tokens)[None], np.zeros((len(tokens), 1)))
+        return Output(self.after(self.tokens)[None], [np.zeros((len(tokens), 1))])
 
     def foresee(self, tree) -> None:
         pass
@@ -45,7 +45,7 @@ class TableTarget:
     def verify(self, tree) -> Output:
         self.tree = tree
         rows = [self.after([*self.tokens, *path(tree, row)]) for row in range(tree.rows)]
-        return Output(np.array(rows), np.zeros((tree.rows, 1)))
+        return Output(np.array(rows), [np.zeros((tree.rows, 1))])
 
     def commit(self, rows) -> None:
         self.tokens.extend(self.tree.tokens[list(rows)].tolist())
@@ -67,9 +67,8 @@ class TableDraft:
 
     compiled = False
 
-    def extend(self, taps, count: int) -> None:
-        assert len(taps) == count
-        self.length += count
+    def extend(self, taps) -> None:
+        self.length += len(taps)
 
     def propose(self, bonus: int, width: int, slots: int | None = None) -> Block:
         logs = self.table[bonus][:slots]

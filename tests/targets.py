@@ -68,7 +68,7 @@ def prefill(target: Target, tokens, chunk: int = 256, all_logits: bool = False) 
     ]
     logits = concatenate([output.logits for output in outputs])
     taps = concatenate([output.taps for output in outputs])
-    return Output(logits if all_logits else logits[-1:], taps)
+    return Output(logits if all_logits else logits[-1:], [taps])
 
 
 def step(target: Target, token: int) -> np.ndarray:

@@ -132,7 +132,7 @@ def tree_attention(
         queries.shape,
         keys.shape[0],
         (queries.dtype, keys.dtype, values.dtype),
-        block_count(layout),
+        block_count(keys.shape[1]),
         scale,
         None if gate is None else (gate.rows.dtype, gate.start),
         False,
@@ -253,9 +253,10 @@ def _table(
     return table
 
 
-def block_count(layout: AttentionLayout) -> int:
-    """Blocks to launch: the same for every tree of so many rows behind so many tokens."""
-    return rounded((layout.length + layout.tree.rows - 1) // POSITIONS + 1)
+def block_count(capacity: int) -> int:
+    """Blocks to launch: the same for all trees over buffers of so many places. Of those behind a
+    row's position, nothing is computed."""
+    return rounded(-(-capacity // POSITIONS))
 
 
 def rounded(blocks: int) -> int:

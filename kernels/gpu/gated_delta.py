@@ -12,7 +12,7 @@ from specdec.kernels.gated_delta import DeltaInputs, DeltaWeights, Tape
 from specdec.kernels.gpu.kernel import Launch, MetalKernel
 from specdec.kernels.gpu.limits import FLOATS, MAX_ROWS, Unsupported
 from specdec.kernels.gpu.resident import resident
-from specdec.kernels.gpu.tree_program import tree_program
+from specdec.kernels.gpu.tree_program import most_slots, tree_program
 from specdec.kernels.layout import TreeLayout
 
 SIMDGROUPS = 16  # of a threadgroup, at most
@@ -59,7 +59,7 @@ def mix_tree(
     starts = _starts(qkv.start, z.start, b.start, a.start)
     rows, taps = tree.rows, weights.conv.shape[0]
     # a lone root has no program, and its place is taken by any array
-    slots, program = tree_program(tree, taps) if rows > 1 else (0, starts)
+    slots, program = (most_slots(rows), tree_program(tree, taps)) if rows > 1 else (0, starts)
     launch = _tree_launch(
         qkv.rows.dtype,
         conv.dtype,

@@ -4,6 +4,7 @@ All that the host has to say of a tree goes to the device as one array: a kernel
 host wrote waits for it, and so does the host for memory that it writes into.
 """
 
+from functools import lru_cache
 from typing import NamedTuple
 
 import mlx.core as mx
@@ -11,15 +12,14 @@ import numpy as np
 
 from specdec.kernels.array import Array
 from specdec.kernels.attention import AttentionLayout
-from specdec.kernels.gpu.attention import block_count, path_table, paths
-from specdec.kernels.gpu.tree_program import place_of, program_numbers, tree_program
+from specdec.kernels.gpu.attention import path_table, paths
+from specdec.kernels.gpu.tree_program import place_of, program_numbers
+from specdec.kernels.layout import LAYOUTS, TreeLayout
 
 
 class Prepared(NamedTuple):
-    """kind: what the launches follow from; passes of a kind are the same but for their arrays.
-    tokens int32 [rows]; depths int32 [rows], of the rows in their tree."""
+    """tokens int32 [rows]; depths int32 [rows], of the rows in their tree."""
 
-    kind: tuple[int, ...]
     tokens: mx.array
     depths: mx.array
 
@@ -31,19 +31,27 @@ def prepare(layout: AttentionLayout, taps: int | None, tokens: Array) -> Prepare
     of a lone root also on the device.
     """
     tree = layout.tree
-    kind = tree.rows, block_count(layout)
     if tree.rows == 1:
         paths(layout)
         tokens = tokens if isinstance(tokens, mx.array) else mx.array(tokens)
-        return Prepared((*kind, 0), tokens, tokens)
-    table = path_table(layout)
-    program = program_numbers(tree, taps) if taps is not None else np.zeros(0, np.int32)
-    parts = [tokens, tree.depths, table.ravel(), program]
-    numbers = mx.array(np.concatenate(parts).astype(np.int32))
-    ends = np.cumsum([len(part) for part in parts]).tolist()
-    layout.on_device["paths"] = numbers[ends[1] : ends[2]].reshape(table.shape)
-    slots = 0
+        return Prepared(tokens, tokens)
+    kept, columns = _numbers(tree, taps)
+    rows, numbers = tree.rows, kept.copy()
+    numbers[:rows] = tokens
+    end = rows * (2 + columns)
+    # positions, and the committed length
+    numbers[2 * rows : end].reshape(rows, columns)[:, :2] += layout.length
+    on_device = mx.array(numbers)
+    layout.on_device["paths"] = on_device[2 * rows : end].reshape(rows, columns)
     if taps is not None:
-        tree.on_device[place_of(taps)] = numbers[ends[2] :]
-        slots = tree_program(tree, taps).slots
-    return Prepared((*kind, slots), numbers[: ends[0]], numbers[ends[0] : ends[1]])
+        tree.on_device[place_of(taps)] = on_device[end:]
+    return Prepared(on_device[:rows], on_device[rows : 2 * rows])
+
+
+@lru_cache(maxsize=LAYOUTS)  # trees are compared by identity
+def _numbers(tree: TreeLayout, taps: int | None) -> tuple[np.ndarray, int]:
+    """Room for tokens, depths, paths behind no token and the program; columns of the paths."""
+    table = path_table(AttentionLayout(tree, 0))
+    program = program_numbers(tree, taps) if taps is not None else np.zeros(0, np.int32)
+    parts = [tree.depths, tree.depths, table.ravel(), program]
+    return np.concatenate(parts).astype(np.int32), table.shape[1]

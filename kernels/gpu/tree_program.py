@@ -26,22 +26,22 @@ class Step(NamedTuple):
     leaf: bool
 
 
-class TreeProgram(NamedTuple):
-    """numbers: int32 [1 + rows * (4 + taps)], as delta_tree.metal says."""
-
-    slots: int
-    numbers: mx.array
-
-
-def tree_program(tree: TreeLayout, taps: int) -> TreeProgram:
-    """Made once for a tree, and kept with it."""
+def tree_program(tree: TreeLayout, taps: int) -> mx.array:
+    """int32 [1 + rows * (4 + taps)], as delta_tree.metal says. Made once for a tree, and kept with
+    it."""
     name = place_of(taps)
     if name not in tree.on_device:
         tree.on_device[name] = mx.array(program_numbers(tree, taps))
-    return TreeProgram(int(_walk(tree)[:, 2].max()) + 1, tree.on_device[name])
+    return tree.on_device[name]
+
+
+def most_slots(rows: int) -> int:
+    """As many as a tree of so many rows may need."""
+    return rows.bit_length() - 1
 
 
 def program_numbers(tree: TreeLayout, taps: int) -> np.ndarray:
+    """`tree_program` on the host."""
     walk = _walk(tree)
     table = np.concatenate([walk, tree.windows(taps)[walk[:, 0]]], axis=1)
     return np.append(np.int32(len(walk)), table.ravel())

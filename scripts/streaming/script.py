@@ -92,7 +92,7 @@ class Script:
         for row, token in enumerate(self.chosen):
             if token is not None:
                 logits[row, token] = 1e9
-        return Output(logits, output.taps)
+        return Output(logits, output.tapped)
 
     def agree(self, block: Block, length: int) -> Block:
         """A block like the one proposed, that agrees with the text as the module says."""

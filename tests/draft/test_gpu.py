@@ -9,6 +9,7 @@ from specdec.errors import NonFiniteError
 from specdec.kernels.array import Backend
 from specdec.kernels.executor import gpu_kernels
 from specdec.kernels.gpu.limits import refused
+from specdec.kernels.tapped import Taps
 from tests.draft.reference import BLOCK, CASES, HIDDEN, TAPS, Reference, make_draft
 from tests.graphs import Told, graphs_as_words
 from tests.metal.build import compiler
@@ -75,11 +76,11 @@ def test_compiled_graphs_serve_other_rounds_than_their_first(case):
     rng = np.random.default_rng(5)
     while at < len(taps) - BLOCK:
         count = int(rng.integers(1, BLOCK + 1))
-        draft.extend(taps[at : at + BLOCK], count)
+        draft.extend(Taps([taps[at : at + BLOCK]], range(count)))
         at += count
         block = draft.propose(at % 7, WIDTH)
         if at % 5 == 0:
-            draft.look_ahead(taps[at : at + BLOCK], 2, 9, WIDTH)
+            draft.look_ahead(Taps([taps[at : at + BLOCK]], range(2)), 9, WIDTH)
         if at < 20 or at > len(taps) - 3 * BLOCK:
             expected = reference.log_probs(np.array(taps[:at]), at % 7)
             best = np.take_along_axis(expected, block.tokens, axis=1)
@@ -113,7 +114,7 @@ def test_rows_that_do_not_count_have_no_say(on_shim):
         rows = random_taps(BLOCK)
         rows[2:] = filling
         for _ in range(3):
-            draft.extend(rows, 2)
+            draft.extend(Taps([rows], range(2)))
             found.append(asked(draft, 5))
     assert found[:3] == found[3:]
 
@@ -121,26 +122,28 @@ def test_rows_that_do_not_count_have_no_say(on_shim):
 @pytest.mark.parametrize("case", ["sliding", "plain"])
 def test_what_is_begun_ahead_is_what_would_have_been_done(case, on_shim, monkeypatch):
     """Taken, or dropped in each of the ways there are: the answers stay the same to the bit."""
-    taps, other = random_taps(BLOCK), random_taps(BLOCK, 8)
+    rows, others = random_taps(BLOCK), random_taps(BLOCK, 8)
+    parts = [rows[:, i : i + HIDDEN] for i in range(0, rows.shape[1], HIDDEN)]
+    taps, other = Taps(parts, [0, 2, 3, 5]), Taps([others], range(3))
 
     def answers(ahead) -> list[bytes]:
         draft, _ = draft_of(case)
         draft.extend(random_taps(30, 4))
         found = [asked(draft, 1)]
         ahead(draft)
-        draft.extend(taps, 4)
+        draft.extend(taps)
         found += [asked(draft, 9), asked(draft, 9, 3)]
-        draft.extend(other, 1)
+        draft.extend(others[:1])
         return [*found, asked(draft, 2)]
 
     plain = answers(lambda draft: None)
     begun = [
-        lambda draft: draft.look_ahead(taps, 4, 9, WIDTH),
-        lambda draft: draft.look_ahead(taps, 4, 8, WIDTH),
-        lambda draft: draft.look_ahead(taps, 4, 9, 3, 2),
-        lambda draft: draft.look_ahead(taps, 6, 9, WIDTH),
-        lambda draft: draft.look_ahead(other, 4, 9, WIDTH),
-        lambda draft: (draft.look_ahead(other, 5, 9, WIDTH), asked(draft, 3)),
+        lambda draft: draft.look_ahead(taps, 9, WIDTH),
+        lambda draft: draft.look_ahead(taps, 8, WIDTH),
+        lambda draft: draft.look_ahead(taps, 9, 3, 2),
+        lambda draft: draft.look_ahead(Taps(parts, range(6)), 9, WIDTH),
+        lambda draft: draft.look_ahead(other, 9, WIDTH),
+        lambda draft: (draft.look_ahead(other, 9, WIDTH), asked(draft, 3)),
     ]
     assert [answers(ahead) for ahead in begun] == [plain] * len(begun)
 
@@ -148,8 +151,8 @@ def test_what_is_begun_ahead_is_what_would_have_been_done(case, on_shim, monkeyp
     draft, _ = draft_of(case)
     draft.extend(random_taps(30, 4))
     asked(draft, 1)
-    draft.look_ahead(taps, 4, 9, WIDTH)
-    draft.extend(taps, 4)
+    draft.look_ahead(taps, 9, WIDTH)
+    draft.extend(taps)
     assert draft.length == 34
     monkeypatch.setattr(draft, "_graph", None)
     monkeypatch.setattr(Draft, "compiled", property(lambda self: True))
@@ -171,7 +174,7 @@ def test_a_graph_holds_nothing_of_the_pass_it_was_traced_for(monkeypatch):
     with gpu_kernels(False):
         draft.extend(taps[:20])
     for count, bonus in ((1, 3), (5, 9)):
-        draft.extend(taps[20 : 20 + BLOCK], count)
+        draft.extend(Taps([taps[20 : 20 + BLOCK]], range(count)))
         with gpu_kernels(), pytest.raises(Told):
             draft.propose(bonus, 4)
         assert draft._graph is not None

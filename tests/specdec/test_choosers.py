@@ -108,9 +108,8 @@ class Guesser:
 
     compiled = False
 
-    def extend(self, taps, count: int) -> None:
-        assert len(taps) == count
-        self.length += count
+    def extend(self, taps) -> None:
+        self.length += len(taps)
 
     def propose(self, bonus, width, slots=None) -> Block:
         return Block(self.block.tokens[:slots], self.block.log_probs[:slots])
