@@ -22,6 +22,7 @@ import numpy as np
 from specdec.budget import Fixed
 from specdec.demo_pair import PROMPTS
 from specdec.kernels.array import Array, evaluate
+from specdec.kernels.executor import threads
 from specdec.kernels.layout import TreeLayout
 from specdec.kernels.linear import linear
 from specdec.kernels.norm import Norm
@@ -41,12 +42,12 @@ Operation = Callable[[Array, TreePass], Any]
 
 def main() -> None:
     arguments = _arguments()
-    pair = load(Settings(arguments.model, arguments.draft, budget=max(*arguments.rows, 8)))
+    most = max(*arguments.rows, 8)
+    pair = load(Settings(arguments.model, arguments.draft, budget=most, threads=arguments.threads))
     prompt = pair.tokenizer.encode(read_prompts(PROMPTS)[0].text)
     pair.engine.prefill(prompt)
-    print(
-        f"{pair.backend.name}, {pair.backend.dtype}, {pair.engine.target.length} tokens committed"
-    )
+    who = f"{pair.backend.name}, {threads()} threads, {pair.backend.dtype}"
+    print(f"{who}, {pair.engine.target.length} tokens committed")
     print(f"\nmicroseconds by rows, and times one row\n{_by_rows(pair, arguments)}")
     if pair.engine.draft is not None:
         print(f"\nmilliseconds a round by budget\n{_by_budget(pair, prompt, arguments)}")
@@ -163,6 +164,7 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", help="default: the demo pair")
     parser.add_argument("--draft")
+    parser.add_argument("--threads", type=int, help="default: the cores there are")
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 2, 4, 7, 16])
     parser.add_argument("--budgets", type=int, nargs="+", default=[1, 2, 4, 6, 12])
     parser.add_argument("--repeat", type=int, default=60)

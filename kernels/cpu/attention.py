@@ -8,7 +8,7 @@ branches.
 import numpy as np
 
 from specdec.kernels.attention import AttentionLayout, AttentionShape
-from specdec.kernels.cpu.decode import address
+from specdec.kernels.cpu.decode import address, aligned
 from specdec.kernels.cpu.dots import STEP
 from specdec.kernels.cpu.exp import exp, sigmoid
 from specdec.kernels.cpu.jit import jit
@@ -177,7 +177,8 @@ def _attend_tiles(  # type: ignore[no-untyped-def]
     heads, rows, dim = queries.shape
     kv_heads, _, padded = keys.shape
     group = heads // kv_heads
-    scaled = np.zeros((tile * group, padded), np.float32)
+    scaled = aligned(tile * group, padded)
+    scaled[:] = 0
     scores = np.empty((tile * group, places), np.float32)
     total, sources = np.empty(dim, np.float32), np.arange(tile * group)
     # The keys as a Weight's table.

@@ -7,6 +7,7 @@ dots.py decodes and in which inputs for them are laid out. All others come as th
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
@@ -15,6 +16,7 @@ from numba.np.arrayobj import make_array
 from specdec.kernels.cpu.dots import LANES, STEP
 from specdec.kernels.cpu.jit import intrinsic, jit
 
+_LINE = 64  # bytes
 BFLOAT16 = 16  # bits of a dense weight, as Weight.table says
 _FLOAT, _INDEX, _BYTE, _WORD = ir.FloatType(), ir.IntType(64), ir.IntType(8), ir.IntType(32)
 _VECTOR, _WORDS = ir.VectorType(_FLOAT, LANES), ir.VectorType(_WORD, LANES)
@@ -141,6 +143,15 @@ def address(typing, array):  # type: ignore[no-untyped-def]
         return builder.ptrtoint(data, _INDEX)
 
     return types.int64(array), generate
+
+
+@jit
+def aligned(rows, columns):  # type: ignore[no-untyped-def]
+    """Room for float32 [rows, columns] that begins with a line of cache: vectors across two lines
+    take twice as long to load."""
+    room = np.empty(rows * columns + _LINE // 4, np.float32)
+    skip = -address(room) % _LINE // 4
+    return room[skip : skip + rows * columns].reshape(rows, columns)
 
 
 @jit

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from specdec.kernels.cpu.decode import decode_row
+from specdec.kernels.cpu.decode import aligned, decode_row
 from specdec.kernels.cpu.dots import STEP
 from specdec.kernels.cpu.jit import jit
 from specdec.kernels.cpu.norm import normalize
@@ -52,7 +52,7 @@ def embed(ids: np.ndarray, weight: Weight) -> np.ndarray:
 
 @jit
 def _linear(team, code, x, w, scale, eps, residual, out):  # type: ignore[no-untyped-def]
-    width = part_width(w[OUT], w[SIZE], x.shape[0], LINE)
+    width = part_width(w[OUT], w[SIZE], x.shape[0], LINE) if team else w[OUT]
     parts = (w[OUT] + width - 1) // width
     share(team, parts, _features, (code, x, w, scale, eps, residual, out, width))
 
@@ -61,7 +61,7 @@ def _linear(team, code, x, w, scale, eps, residual, out):  # type: ignore[no-unt
 def _features(left, part, code, x, w, scale, eps, residual, out, width):  # type: ignore[no-untyped-def]
     """Parts of the products: `width` output features of all rows."""
     rows = x.shape[0]
-    inputs, h = np.empty((rows, padded_size(w)), np.float32), np.empty(x.shape[1], np.float32)
+    inputs, h = aligned(rows, padded_size(w)), np.empty(x.shape[1], np.float32)
     sources = np.arange(rows)
     for row in range(rows):
         if len(scale) > 0:

@@ -14,7 +14,7 @@ from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 
-from specdec.kernels.cpu.decode import address, decode_row, load_word
+from specdec.kernels.cpu.decode import address, aligned, decode_row, load_word
 from specdec.kernels.cpu.dots import CHUNK, STEP, WIDE, store_dots
 from specdec.kernels.cpu.jit import entry, inlined, intrinsic, jit
 
@@ -127,7 +127,8 @@ def _multiply(w, slot, inputs, pitch, sources, rows, out, width, start, stop):  
     biases = load_word(w, BIASES) + slot * features * groups
     direct = group % CHUNK == 0 if bits == 4 else bits >= 16 and size == padded
     kind = bits if direct else 32
-    values = np.zeros((1 if direct else BLOCK, padded if not direct else 1), np.float32)
+    values = aligned(1 if direct else BLOCK, padded if not direct else 1)
+    values[:] = 0
     # Tiles of rows that stay in the nearest cache, of about equal size; decoded weights serve
     # several blocks.
     most = MOST if direct else TILE

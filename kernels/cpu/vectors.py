@@ -12,7 +12,7 @@ from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 
-from specdec.kernels.cpu.decode import address
+from specdec.kernels.cpu.decode import address, load_float
 from specdec.kernels.cpu.dots import LANES
 from specdec.kernels.cpu.exp import fma
 from specdec.kernels.cpu.jit import intrinsic, jit
@@ -189,14 +189,14 @@ _update1, _update4 = _updater(1), _updater(4)
 
 @jit
 def add_products(a, b, total):  # type: ignore[no-untyped-def]
-    """total += a * b, element by element.
+    """total += a * b, element by element; a, b: addresses of as many float32.
 
     Spelt out, because a compiler that cannot rule out overlaps does not use vectors.
     """
     blocks = len(total) // LANES
-    _add_products(address(a), address(b), address(total), blocks)
+    _add_products(a, b, address(total), blocks)
     for i in range(blocks * LANES, len(total)):
-        total[i] = fma(a[i], b[i], total[i])
+        total[i] = fma(load_float(a + 4 * i), load_float(b + 4 * i), total[i])
 
 
 @jit
