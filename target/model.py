@@ -8,7 +8,7 @@ between the two leaves the session as it was.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import NoReturn, Self
+from typing import Any, NoReturn, Self
 
 import numpy as np
 
@@ -74,7 +74,7 @@ class Target:
         self.embedding, self.norm, self.head = embedding, norm, head
         self.experts, self.taps = experts, tuple(taps)
         self.rope = Rope(config.rope)
-        self._graph = VerifyGraph(self._verify)
+        self._graph = VerifyGraph(self._part, config)
         self._commits = CommitGraph()
         # Told of each pass before it is committed: its tokens, the pass, the rows that will be.
         self.observers: list[Observer] = []
@@ -234,11 +234,23 @@ class Target:
             ahead.this.state = self.state  # what it was begun behind is committed
             self._ahead = ahead
 
-    def _verify(self, tokens: Array, this: TreePass) -> tuple[Array, list[Array], Array]:
+    def _verify(self, tokens: Array, this: TreePass) -> tuple[Any, ...]:
         """Logits, taps, and which rows of the logits are finite, on a GPU as a verdict."""
-        hidden, tapped = self._forward(tokens, this)
-        logits = self._logits(hidden)
-        return logits, tapped, (verdict if self.backend.on_gpu else finite_rows)(logits)
+        return self._part(range(len(self.layers)), tokens, {}, this)
+
+    def _part(
+        self, span: range, x: Array, tapped: dict[int, Array], this: TreePass
+    ) -> tuple[Any, ...]:
+        """Some layers of a verify pass. x: tokens for the first, then what the part before gave:
+        hidden rows and what was tapped so far; the last part gives what `_verify` does."""
+        if span.start == 0:
+            x = embed(x, self.embedding)
+        x, tapped = self._through(span, x, tapped, this)
+        if span.stop < len(self.layers):
+            return x, tapped
+        logits = self._logits(x)
+        found = (verdict if self.backend.on_gpu else finite_rows)(logits)
+        return logits, self._taps(x, tapped), found
 
     def _forward(self, tokens: Array, this: Pass, probe: bool = False) -> tuple:
         """Hidden rows after the last layer and after each tapped one, [rows, hidden] each.
@@ -248,8 +260,16 @@ class Target:
         x = embed(tokens, self.embedding)
         if probe and not finite_rows(x).all():
             raise NonFiniteError("NaN or Inf in the token embeddings")
-        tapped: dict[int, Array] = {}
-        for i, layer in enumerate(self.layers):
+        x, tapped = self._through(range(len(self.layers)), x, {}, this, probe)
+        return x, self._taps(x, tapped)
+
+    def _through(
+        self, span: range, x: Array, tapped: dict[int, Array], this: Pass, probe: bool = False
+    ) -> tuple[Array, dict[int, Array]]:
+        """Hidden rows after the layers of `span`, and `tapped` with what they add."""
+        tapped = dict(tapped)
+        for i in span:
+            layer = self.layers[i]
             if self.clock is not None:
                 self.clock.start(x)
             x = layer.mixer(x, this)
@@ -266,7 +286,10 @@ class Target:
                 raise NonFiniteError(f"NaN or Inf first appears in layer {i} (feed-forward)")
             if i in self.taps:
                 tapped[i] = x
-        return x, [tapped[i] for i in self.taps] or [x[:, :0]]
+        return x, tapped
+
+    def _taps(self, x: Array, tapped: dict[int, Array]) -> list[Array]:
+        return [tapped[i] for i in self.taps] or [x[:, :0]]
 
     def _logits(self, hidden: Array) -> Array:
         """[rows, hidden] -> [rows, vocab]."""

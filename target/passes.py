@@ -125,9 +125,9 @@ class TreePass(Pass):
         self.layout = AttentionLayout(tree, state.length)
         self._tapes: dict[int, Tape] = {}
 
-    def turns_from_root(self) -> tuple[Array, Array]:
-        """cos and sin of the root's position and those that follow, as many as there are rows."""
-        return self._rope.run(self.state.length, self.tree.rows)
+    def turn_of_root(self) -> tuple[Array, Array]:
+        """cos and sin of the root's position, on the device."""
+        return self._rope.run(self.state.length, 1)
 
     def again(self) -> "TreePass":
         return TreePass(self.state, self._rope, self.tree)
@@ -155,9 +155,11 @@ class TreePass(Pass):
         return self.chosen, tapes
 
     def take(self, results: Results) -> None:
-        """Have `results` of a pass over an equal tree, which ran in place of this one."""
-        self.chosen, tapes = results
-        self._tapes = {index: Tape(*parts) for index, parts in tapes.items()}
+        """Have `results` of a pass over an equal tree, of which some layers ran in place of this
+        one's."""
+        chosen, tapes = results
+        self.chosen.update(chosen)
+        self._tapes.update({index: Tape(*parts) for index, parts in tapes.items()})
 
     def commit(self, path: list[int]) -> None:
         """Make a path from the root part of the state."""

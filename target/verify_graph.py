@@ -2,74 +2,114 @@
 
 On a GPU a pass of a large model is hundreds of launches, and building them in Python takes longer
 than the GPU takes to run them. Passes over as many rows are one graph: all that differs between
-them, the tree, the state and how much of it is committed, goes in as arrays.
+them, the tree, the state and how much of it is committed, goes in as arrays. A large model is
+several graphs, one behind the other: the GPU runs the first layers while the host begins the next.
 """
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from itertools import pairwise
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import numpy as np
 
-from specdec.kernels.array import Array
+from specdec.kernels.array import Array, start
 from specdec.kernels.gpu.graphs import Graphs
 from specdec.kernels.gpu.limits import MAX_ROWS, refused
-from specdec.kernels.gpu.prepared import prepare
+from specdec.kernels.gpu.prepared import Prepared, prepare
 from specdec.kernels.layout import TreeLayout
+from specdec.target.config import TargetConfig
 from specdec.target.passes import TreePass
 from specdec.target.state import State
 
-Body = Callable[[Array, TreePass], tuple[Any, ...]]
+LAYERS = 10  # of a graph, about
+
+# Some layers of a pass: tokens or hidden rows, what was tapped so far, the pass -> the two again,
+# of the last layers logits, taps and verdict.
+Body = Callable[[range, Array, dict[int, Array], TreePass], tuple[Any, ...]]
+
+
+class _Part(NamedTuple):
+    """Layers of one graph, and where those of either kind stand in a state's lists."""
+
+    span: range
+    full: range
+    linear: range
 
 
 class VerifyGraph(Graphs):
-    """A body, tokens int32 [rows] and a pass -> arrays and lists of them, and the graphs it was
-    compiled to."""
+    """A body, and the graphs its parts were compiled to."""
 
-    def __init__(self, body: Body) -> None:
+    def __init__(self, body: Body, config: TargetConfig) -> None:
         super().__init__()
-        self._body = body
+        self._body, self._layers = body, range(config.num_layers)
+        count = max(1, round(config.num_layers / LAYERS))
+        ends = [config.num_layers * n // count for n in range(count + 1)]
+        self._parts = [
+            _Part(
+                range(first, end),
+                *(
+                    range(*(sum(i < edge for i in kind) for edge in (first, end)))
+                    for kind in (config.full_layers, config.linear_layers)
+                ),
+            )
+            for first, end in pairwise(ends)
+        ]
 
     def __call__(self, tokens: Array, this: TreePass) -> tuple[Any, ...]:
         """What the body returns; the pass and its state are as if it had run on them."""
         # A reference reads the tree on the host, so its graph would be this very pass's alone.
         if refused or len(tokens) > MAX_ROWS:
-            return self._body(tokens, this)
-        state, gdn = this.state, this.state.config.gdn
-        made = prepare(this.layout, None if gdn is None else gdn.conv_kernel, tokens)
-        kind = this.tree.rows, state.keys[0].shape[1] if state.keys else 0
-        graph = self.of(kind, partial(self._trace, this.tree.parents, state.length))
-        found = graph(
-            {
-                "tokens": made.tokens,
-                "depths": made.depths,
-                "turns": this.turns_from_root(),
-                "layout": this.layout.on_device,
-                "tree": this.tree.on_device,
-                "keys": state.keys,
-                "values": state.values,
-                "conv": state.conv,
-                "recurrent": state.recurrent,
-            }
-        )
-        if refused:  # while it was built
-            self.clear()
-            return self._body(tokens, this)
-        outputs, state.keys[:], state.values[:], results = found
-        this.take(results)
-        return tuple(outputs)
+            return self._body(self._layers, tokens, {}, this)
+        made = self._prepared(tokens, this)
+        rows: list[Any] = [made.tokens, {}]
+        for part in self._parts:
+            if part.span.start > 0:
+                start(rows[0])
+            rows = self._run(part, made, rows, this)
+            if refused:  # while it was built
+                self.clear()
+                return self._body(self._layers, tokens, {}, this)
+        return tuple(rows)
 
-    def _trace(self, parents: np.ndarray, length: int, given: dict[str, Any]) -> tuple[Any, ...]:
+    def _prepared(self, tokens: Array, this: TreePass) -> Prepared:
+        gdn = this.state.config.gdn
+        # the host's rows of a tree go the way of its numbers
+        turn = this.turn_of_root() if this.tree.rows == 1 else this.turn(this.positions)
+        return prepare(this.layout, None if gdn is None else gdn.conv_kernel, tokens, turn)
+
+    def _run(self, part: _Part, made: Prepared, rows: list[Any], this: TreePass) -> list[Any]:
+        """What the body returns for a part."""
+        state, (span, full, linear) = this.state, part
+        trace = partial(self._trace, span, this.tree.parents, state.length)
+        kind = this.tree.rows, state.keys[0].shape[1] if state.keys else 0, span.start
+        given = {
+            "rows": rows,
+            "turn": made.turn,
+            "layout": this.layout.on_device,
+            "tree": made.program,
+            "keys": {at: state.keys[at] for at in full},
+            "values": {at: state.values[at] for at in full},
+            "conv": {at: state.conv[at] for at in linear},
+            "recurrent": {at: state.recurrent[at] for at in linear},
+        }
+        found, keys, values, results = self.of(kind, trace)(given)
+        for at in full:
+            state.keys[at], state.values[at] = keys[at], values[at]
+        this.take(results)
+        return list(found)
+
+    def _trace(
+        self, span: range, parents: np.ndarray, length: int, given: dict[str, Any]
+    ) -> tuple[Any, ...]:
         """The body on placeholders. parents, length: those of any pass of this kind."""
         state = _Given(length, given)
-        cos, sin = given["turns"]
-        if len(parents) > 1:
-            cos, sin = cos[given["depths"]], sin[given["depths"]]
-        this = TreePass(state, _Turned((cos, sin)), TreeLayout(parents))
+        this = TreePass(state, _Turned(given["turn"]), TreeLayout(parents))
         this.layout.on_device.update(given["layout"])
         this.tree.on_device.update(given["tree"])
-        outputs = self._body(given["tokens"], this)
+        x, tapped = given["rows"]
+        outputs = self._body(span, x, tapped, this)
         return list(outputs), state.keys, state.values, this.results()
 
 
@@ -91,7 +131,9 @@ class _Given(State):
 
     def __init__(self, length: int, given: dict[str, Any]) -> None:
         self.length, self._start = length, given["layout"]["paths"][0, 1:2]
-        self.keys, self.values = list(given["keys"]), list(given["values"])
+        keys: Any = dict(given["keys"])  # of some layers
+        values: Any = dict(given["values"])
+        self.keys, self.values = keys, values
         self.conv, self.recurrent = given["conv"], given["recurrent"]
 
     def make_room(self, rows: int) -> None:

@@ -5,7 +5,7 @@ from typing import Any, TypeAlias
 
 import mlx.core as mx
 
-GRAPHS = 32  # kept: each holds the text of every kernel that it launches
+GRAPHS = 128  # kept: each holds the text of every kernel that it launches
 
 # containers of arrays in, containers of arrays out
 Traced: TypeAlias = Callable[..., Any]

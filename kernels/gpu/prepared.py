@@ -18,40 +18,53 @@ from specdec.kernels.layout import LAYOUTS, TreeLayout
 
 
 class Prepared(NamedTuple):
-    """tokens int32 [rows]; depths int32 [rows], of the rows in their tree."""
+    """tokens int32 [rows]; turn: cos and sin of the rows' positions, float32 [rows, half] each;
+    program: what was put beside the tree, which may hold more: trees of one shape share it."""
 
     tokens: mx.array
-    depths: mx.array
+    turn: tuple[mx.array, mx.array]
+    program: dict[str, mx.array]
 
 
-def prepare(layout: AttentionLayout, taps: int | None, tokens: Array) -> Prepared:
+def prepare(
+    layout: AttentionLayout,
+    taps: int | None,
+    tokens: Array,
+    turn: tuple[Array, Array],
+) -> Prepared:
     """Put arrays beside the layout and its tree (on_device), all that kernels read of either.
 
     taps: of the convolution of gated delta layers, None without such layers. tokens: int32 [rows],
-    of a lone root also on the device.
+    of a lone root also on the device, turn: cos and sin of the rows, of a lone root on the device.
     """
     tree = layout.tree
     if tree.rows == 1:
         paths(layout)
         tokens = tokens if isinstance(tokens, mx.array) else mx.array(tokens)
-        return Prepared(tokens, tokens)
+        return Prepared(tokens, turn, {})
     kept, columns = _numbers(tree, taps)
-    rows, numbers = tree.rows, kept.copy()
+    rows, shape = tree.rows, turn[0].shape
+    numbers = np.concatenate([kept, *(part.ravel().view(np.int32) for part in turn)])
     numbers[:rows] = tokens
-    end = rows * (2 + columns)
+    end, half = rows * (1 + columns), turn[0].size
     # positions, and the committed length
-    numbers[2 * rows : end].reshape(rows, columns)[:, :2] += layout.length
+    numbers[rows:end].reshape(rows, columns)[:, :2] += layout.length
     on_device = mx.array(numbers)
-    layout.on_device["paths"] = on_device[2 * rows : end].reshape(rows, columns)
+    layout.on_device["paths"] = on_device[rows:end].reshape(rows, columns)
+    program = {}
     if taps is not None:
-        tree.on_device[place_of(taps)] = on_device[end:]
-    return Prepared(on_device[:rows], on_device[rows : 2 * rows])
+        program[place_of(taps)] = on_device[end : len(kept)]
+        tree.on_device.update(program)
+    turned = on_device[len(kept) :].view(mx.float32)
+    return Prepared(
+        on_device[:rows], (turned[:half].reshape(shape), turned[half:].reshape(shape)), program
+    )
 
 
 @lru_cache(maxsize=LAYOUTS)  # trees are compared by identity
 def _numbers(tree: TreeLayout, taps: int | None) -> tuple[np.ndarray, int]:
-    """Room for tokens, depths, paths behind no token and the program; columns of the paths."""
+    """Room for tokens, paths behind no token and the program; columns of the paths."""
     table = path_table(AttentionLayout(tree, 0))
     program = program_numbers(tree, taps) if taps is not None else np.zeros(0, np.int32)
-    parts = [tree.depths, tree.depths, table.ravel(), program]
+    parts = [tree.depths, table.ravel(), program]
     return np.concatenate(parts).astype(np.int32), table.shape[1]

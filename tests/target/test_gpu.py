@@ -16,6 +16,7 @@ from specdec.kernels.gpu import expert_launches, expert_tiles, graphs, linear
 from specdec.kernels.gpu.kernel import Launch
 from specdec.kernels.gpu.limits import MAX_ROWS, Unsupported, refused
 from specdec.kernels.gpu.tiles import use_tiles
+from specdec.target import verify_graph
 from specdec.target.model import Target
 from specdec.target.state import KV_STEP
 from tests.backends import REFERENCE
@@ -123,9 +124,13 @@ def test_streamed_experts_have_the_bits_of_resident_ones(backend, tmp_path, requ
     assert outputs[0].tobytes() == outputs[1].tobytes()
 
 
+@pytest.mark.parametrize("parts", [1, 2, 4])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_graphs_are_passes_over_other_trees_of_their_kind(family, tmp_path, on_shim, monkeypatch):
-    """Trees of other shapes, behind other tokens, go through the graph of the first one."""
+def test_graphs_are_passes_over_other_trees_of_their_kind(
+    family, parts, tmp_path, on_shim, monkeypatch
+):
+    """Trees of other shapes, behind other tokens, go through the graphs of the first one."""
+    monkeypatch.setattr(verify_graph, "LAYERS", 4 / parts)
     rng = np.random.default_rng(5)
     shapes = [PARENTS, [-1, 0, 1, 1, 0, 4, 4], [-1, 0, 0, 1, 3, 1, 2]]
     trees = [tree_of(rng.integers(0, 320, 7), parents) for parents in shapes]
@@ -143,7 +148,7 @@ def test_graphs_are_passes_over_other_trees_of_their_kind(family, tmp_path, on_s
                 found.append([logits_of(output).tobytes(), np.array(output.taps).tobytes()])
                 target.commit([0, 1])
                 found[-1] += state_bytes(target)
-        assert len(graph.kinds) == 1
+        assert len(graph.kinds) == parts
     assert found[:3] == found[3:]
 
 
