@@ -74,7 +74,7 @@ class ContextCache:
         Position p stands at place p - start. What lies behind the block means nothing.
         """
         assert keys.shape[1] == self._block
-        self.make_room(0)
+        self.make_room()
         self._write(keys, values)
         return self.rows[:1].squeeze(0), self.rows[1:].squeeze(0)
 
@@ -90,9 +90,9 @@ class ContextCache:
         last = np.minimum(query + window, end) if window else np.full_like(query, end)
         return first - start, (query + 1 if causal else last) - start
 
-    def make_room(self, count: int) -> None:
-        """For a block behind `count` rows, a block's at most, which may not come to stay."""
-        self._reserve(count, self._window - 1)
+    def make_room(self) -> None:
+        """For a block behind as many rows, which may not come to stay."""
+        self._reserve(0, self._window - 1)
 
     def _write(self, keys: Array, values: Array) -> None:
         at = self.end - self.start

@@ -8,7 +8,7 @@ directly behind those that count; what lies behind these is never looked at.
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import numpy as np
@@ -25,9 +25,22 @@ from specdec.kernels.norm import Norm, swiglu
 from specdec.kernels.rope import Rope
 from specdec.kernels.tapped import Taps, tapped_rows
 from specdec.kernels.top_tokens import top_tokens
+from specdec.kernels.walked import walked
 from specdec.kernels.weight import Weight
 
 STEP = 512  # places by which a graph's reach grows: each is a graph
+
+
+NOWHERE = -(2**30)  # a place before all others
+
+
+class Walk(NamedTuple):
+    """A verified tree whose greedy walk the device is to find. tokens, parents: int32 [rows];
+    verdict: int32 [rows, 2], as kernels.top_tokens."""
+
+    tokens: np.ndarray
+    parents: np.ndarray
+    verdict: mx.array
 
 
 class DraftGraph:
@@ -73,8 +86,12 @@ class DraftGraph:
         bonus: int,
         width: int,
         slots: int,
+        walk: Walk | None = None,
     ) -> mx.array:
         """Begin a pass after `length` known tokens and the told rows, a block's at most.
+
+        With a walk, the rows told are its path, of the taps' parts, and the bonus token is the one
+        that it finds: told has no rows, and bonus is not looked at.
 
         int32 [slots, 2 * width + 3], as kernels.top_tokens. Keys and values of the told rows stand
         in the caches afterwards, behind their end.
@@ -83,16 +100,22 @@ class DraftGraph:
         told = self._none if told is None else told
         count = len(told)
         rows = range(count) if told.rows is None else told.rows
-        for cache in caches:
-            cache.make_room(count)
         block, position = config.block_size, length + count
+        more = block if walk is not None else 0  # rows that may be told
         tables, reached = [], []
-        for cache, causal in zip(caches, config.causal, strict=True):
-            first, last = cache.seen(position, causal)
+        for i, cache in enumerate(caches):
+            cache.make_room()
+            first, last = cache.seen(position, config.causal[i])
+            if walk is not None:  # as it would be if there were places below 0
+                window = config.windows[i]
+                row = position + np.arange(block) - cache.start
+                first = row - window + 1 if window else np.full(block, NOWHERE)
             tables.append(np.stack([last - 1, last, first, np.zeros_like(first)], axis=1))
-            reached.append(min(-(-int(last.max()) // STEP) * STEP, cache.rows.shape[2]))
+            last_place = int(last.max()) + more
+            reached.append(min(-(-last_place // STEP) * STEP, cache.rows.shape[2]))
         numbers = np.concatenate(
             [
+                *((walk.tokens, walk.parents) if walk is not None else ()),
                 [count, *(length - cache.start for cache in caches)],
                 [*rows, *[0] * (block - count)],  # those that do not count are any
                 [bonus, *[config.mask_token_id] * config.slots],
@@ -101,13 +124,14 @@ class DraftGraph:
         ).astype(np.int32)
         buffers = tuple(cache.rows.shape[2] for cache in caches)
         shapes = len(told.parts), *told.parts[0].shape
-        kind = width, slots, *reached, buffers, shapes, told.parts[0].dtype
+        kind = width, slots, *reached, buffers, shapes, told.parts[0].dtype, walk is not None
         graph = self._graphs.of(kind, partial(self._body, width, slots, reached))
         cos, sin = self._rope.run(length, 2 * block)
         found, rows = graph(
             {
                 "told": list(told.parts),
                 "numbers": mx.array(numbers),
+                "verdict": [] if walk is None else [walk.verdict],
                 "cos": cos,
                 "sin": sin,
                 "rows": [cache.rows for cache in caches],
@@ -123,6 +147,8 @@ class DraftGraph:
     ) -> tuple[mx.array, list[mx.array]]:
         config, weights, numbers = self._config, self._weights, given["numbers"]
         block, layers = config.block_size, config.num_layers
+        for verdict in given["verdict"]:
+            numbers = walked(verdict, numbers, layers, block)
         places = [numbers[1 + i : 2 + i] for i in range(layers)]
         told = tapped_rows(given["told"], numbers[1 + layers : 1 + layers + block])
         at = 1 + layers + block

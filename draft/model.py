@@ -12,6 +12,7 @@ The residual stream is float32 or bfloat16, never float16: sums in it reach 3e6 
 float16 ends at 65504, and the overflow costs all acceptance without an error.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Self
 
@@ -22,7 +23,7 @@ from specdec.checkpoint import Checkpoint
 from specdec.draft.cache import ContextCache
 from specdec.draft.candidates import as_block, top_candidates
 from specdec.draft.config import DraftConfig
-from specdec.draft.graph import DraftGraph
+from specdec.draft.graph import DraftGraph, Walk
 from specdec.draft.weights import DraftWeights, LayerWeights
 from specdec.errors import NonFiniteError
 from specdec.kernels.array import Array, Backend, finite_rows, is_numpy, start
@@ -45,6 +46,17 @@ class Begun:
     told: Taps | None
     asked: tuple[int, int, int | None]
     found: mx.array
+    walked: bool  # then the path and the bonus token are those of the walk, whichever they are
+
+    def tells(self, taps: Taps) -> bool:
+        """Whether it was begun with these rows."""
+        same = self.told is not None and taps.parts is self.told.parts
+        return same and (self.walked or taps is self.told)
+
+    def answers(self, bonus: int, width: int, slots: int | None) -> bool:
+        """Whether this is what was asked, and its rows are known to be committed."""
+        same = self.asked == (self.asked[0] if self.walked else bonus, width, slots)
+        return same and self.told is None
 
 
 class Draft:
@@ -118,8 +130,8 @@ class Draft:
         In one call or in many, the context is the same. The work is started, not waited for.
         """
         begun = self._begun
-        if begun is not None and begun.told is not None and begun.told is taps:
-            self._know(len(begun.told))
+        if begun is not None and isinstance(taps, Taps) and begun.tells(taps):
+            self._know(len(taps))
             self._begun = replace(begun, told=None)
             return
         self._begun = None
@@ -140,6 +152,13 @@ class Draft:
         assert self._waiting is None
         self._begun = None
         self._begun = self._begin(taps, bonus, width, slots)
+
+    def look_past(self, tapped: Sequence[Array], walk: Walk, width: int, slots: int) -> None:
+        """`look_ahead` for the taps of the walk's path and its bonus token, before the host knows
+        either: tapped, of all rows of the tree."""
+        assert self._waiting is None
+        self._begun = None
+        self._begun = self._begin(Taps(tapped, ()), 0, width, slots, walk)
 
     def _extend(self, taps: Array) -> None:
         config, weights, count = self.config, self.weights, len(taps)
@@ -173,12 +192,19 @@ class Draft:
     def _finished(self, bonus: int, width: int, slots: int | None) -> Block:
         """The proposal that was begun, or one that is begun now."""
         begun, self._begun = self._begun, None
-        if begun is None or begun.told is not None or begun.asked != (bonus, width, slots):
+        if begun is None or not begun.answers(bonus, width, slots):
             begun = self._begin(self._waiting, bonus, width, slots)
             self._know(0 if self._waiting is None else len(self._waiting))
         return as_block(np.array(begun.found))
 
-    def _begin(self, told: Taps | None, bonus: int, width: int, slots: int | None) -> Begun:
+    def _begin(
+        self,
+        told: Taps | None,
+        bonus: int,
+        width: int,
+        slots: int | None,
+        walk: Walk | None = None,
+    ) -> Begun:
         assert self._graph is not None
         config = self.config
         found = self._graph.begin(
@@ -188,8 +214,9 @@ class Draft:
             bonus,
             min(width, config.vocab_size),
             config.slots if slots is None else min(slots, config.slots),
+            walk,
         )
-        return Begun(told, (bonus, width, slots), found)
+        return Begun(told, (bonus, width, slots), found, walk is not None)
 
     def _know(self, count: int) -> None:
         """Rows that a graph told the caches of are committed."""

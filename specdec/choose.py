@@ -27,6 +27,9 @@ def greedy(logits: Array) -> np.ndarray:
 class Greedy:
     """Takes the most probable token after every row: found on the device, read back at once."""
 
+    on_device = True
+    """Whether a GPU can walk by itself: what comes next can be begun before the host knows."""
+
     def width(self, budget: int) -> int:
         """How many candidates of every slot the draft must name for a tree of `budget` nodes."""
         return budget
@@ -38,11 +41,6 @@ class Greedy:
     def first(self, logits: Array) -> int:
         """The token after the prompt: logits [1, vocab]."""
         return self.walk(DraftTree.root(0), logits)[1]
-
-    def ahead(self, verdict: Verdict) -> Array | None:
-        """int32 [1]: the token after a lone root, found on the device without the host; None where
-        it cannot be."""
-        return verdict.lone_token
 
     def walk(
         self, tree: DraftTree, logits: Array, verdict: Verdict | None = None

@@ -12,6 +12,7 @@ import numpy as np
 from specdec.auto_budget import Auto
 from specdec.budget import Budget
 from specdec.chooser import chooser
+from specdec.draft.graph import Walk
 from specdec.draft.model import Draft
 from specdec.errors import SpecdecError
 from specdec.interrupt import Interrupts
@@ -115,12 +116,13 @@ class Engine:
             self.target.foresee(tree)
         times.append(perf_counter())
         output = self.target.verify(tree)
-        if limit == 1 and not self._drafting:
-            self._begin_root(output)
+        verified = perf_counter()
+        begun = self._begin(limit, tree, output)
+        ahead = perf_counter() - verified
         path, bonus = self.chooser.walk(tree, output.logits, output.verdict)
         times.append(perf_counter())
         taps = [Taps(output.tapped, path)] if self._drafting else []
-        if block is not None:
+        if block is not None and not begun:
             self._begin_block(limit, taps[0], bonus)
         times.append(perf_counter())
         with Interrupts():  # a round is committed as a whole or not at all
@@ -129,8 +131,8 @@ class Engine:
             self._bonus = bonus
             self._untold += taps
         times.append(perf_counter())
-        draft, build, verify, ahead, commit = np.diff(times).tolist()
-        seconds = PhaseSeconds(draft + ahead, build, verify, commit)
+        draft, build, verify, drafted, commit = np.diff(times).tolist()
+        seconds = PhaseSeconds(draft + ahead + drafted, build, verify - ahead, commit)
         missed, stalled = self.target.experts.waited()
         done = Round(
             tree,
@@ -156,12 +158,21 @@ class Engine:
         # a tree is nowhere deeper than it has nodes
         return self.draft.propose(self._bonus, self.chooser.width(budget), budget)
 
-    def _begin_root(self, output: Output) -> None:
-        """The next round is a lone root as well: let a GPU go on with it."""
-        if self.target.compiled and output.verdict is not None:
-            token = self.chooser.ahead(output.verdict)
-            if token is not None:
-                self.target.look_ahead(token)
+    def _begin(self, limit: int, tree: DraftTree, output: Output) -> bool:
+        """Let a GPU go on with what the next round will ask for if it is like this one, before the
+        host knows the path; whether it could be."""
+        verdict = output.verdict
+        if verdict is None or not self.chooser.on_device:
+            return False
+        if limit == 1:
+            if self.target.compiled and not self._drafting:
+                self.target.look_ahead(verdict.lone_token)
+            return False
+        if self.draft is None or not self.draft.compiled:
+            return False
+        walk = Walk(tree.tokens, tree.parents, verdict.rows)
+        self.draft.look_past(output.tapped, walk, self.chooser.width(limit), limit)
+        return True
 
     def _begin_block(self, limit: int, taps: Taps, bonus: int) -> None:
         """The next round drafts as much: let a GPU do it while the host commits this one."""

@@ -24,11 +24,10 @@ class Matching(Greedy):
     penalty sees the row's own path, so the tokens are those of plain decoding.
     """
 
+    on_device = False  # tokens are drawn on the host
+
     def __init__(self, sampling: Sampling) -> None:
         self._sampling, self._seen, self._length = sampling, Seen(), 0
-
-    def ahead(self, verdict: Verdict) -> None:
-        return None  # drawn on the host
 
     def first(self, logits: Array) -> int:
         return self._token(host_rows(logits)[0], [])

@@ -4,12 +4,15 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from specdec.draft.candidates import as_block
+from specdec.draft.graph import Walk
 from specdec.draft.model import Draft
 from specdec.errors import NonFiniteError
 from specdec.kernels.array import Backend
 from specdec.kernels.executor import gpu_kernels
 from specdec.kernels.gpu.limits import refused
 from specdec.kernels.tapped import Taps
+from specdec.kernels.walked import walked
 from tests.draft.reference import BLOCK, CASES, HIDDEN, TAPS, Reference, make_draft
 from tests.graphs import Told, graphs_as_words
 from tests.metal.build import compiler
@@ -157,6 +160,50 @@ def test_what_is_begun_ahead_is_what_would_have_been_done(case, on_shim, monkeyp
     monkeypatch.setattr(draft, "_graph", None)
     monkeypatch.setattr(Draft, "compiled", property(lambda self: True))
     assert asked(draft, 9) == plain[1]
+
+
+@pytest.mark.parametrize("case", ["sliding", "sliding-bidirectional", "narrow-window", "plain"])
+def test_what_is_begun_before_the_path_is_known(case, on_shim):
+    """The device walks: paths of every length, down trees that branch; told after 4 and 250."""
+    tokens = np.array([7, 1, 2, 3, 4, 5], np.int32)
+    parents = np.array([-1, 0, 0, 2, 3, 2], np.int32)
+    best = {(0,): [9], (0, 1): [1, 8], (0, 2, 3, 4): [2, 0, 3, 4, 9], (0, 2, 5): [2, 0, 5, 0, 0, 6]}
+    rows = random_taps(6, 11)
+    tapped = [rows[:, i : i + HIDDEN] for i in range(0, rows.shape[1], HIDDEN)]
+    for known in (4, 250):
+        for path, chosen in best.items():
+            answers = []
+            for ahead in (True, False):
+                draft, _ = draft_of(case)
+                draft.extend(random_taps(known, 4))
+                asked(draft, 1)
+                verdict = mx.array([[b, 1] for b in [*chosen, *[0] * 6][:6]], mx.int32)
+                if ahead:
+                    draft.look_past(tapped, Walk(tokens, parents, verdict), WIDTH, BLOCK)
+                    begun = draft._begun
+                draft.extend(Taps(tapped, path))
+                assert draft.length == known + len(path)
+                block = draft.propose(chosen[path[-1]], WIDTH, BLOCK)
+                answers.append(block.tokens.tobytes() + block.log_probs.tobytes())
+                if ahead:  # it was this
+                    assert begun is not None
+                    assert np.array_equal(as_block(np.array(begun.found)).tokens, block.tokens)
+                draft.extend(rows[:1])
+                answers[-1] += asked(draft, 2)
+            assert answers[0] == answers[1]
+
+
+def test_the_walk_is_that_of_the_reference(on_shim):
+    rng = np.random.default_rng(2)
+    for rows in (1, 2, 7, 32):
+        parents = np.array([-1, *(rng.integers(max(0, r - 3), r) for r in range(1, rows))])
+        tokens, best = rng.integers(0, 3, rows), rng.integers(0, 3, rows)
+        numbers = rng.integers(-20, 90, 1 + 2 + 2 * 33 + 4 * 33 * 2)
+        asked = mx.array(np.concatenate([tokens, parents, numbers]).astype(np.int32))
+        verdict = mx.array(np.stack([best, best], axis=1).astype(np.int32))
+        by_reference = walked.reference  # type: ignore[attr-defined]
+        expected = by_reference(verdict, asked, 2, 33)
+        assert mx.array_equal(walked(verdict, asked, 2, 33), expected)
 
 
 def test_non_finite_numbers_name_the_layer(on_shim):

@@ -75,13 +75,15 @@ def test_rounds_of_all_budgets_are_plain_decoding(engine, sampling, monkeypatch)
     while len(answer) < COUNT + 6:
         answer += engine.step(Fixed(1)).tokens
     knowing(engine, answer, monkeypatch)
-    ahead, looked = [], Draft.look_ahead
+    ahead = []
+    for way in ("look_ahead", "look_past"):
+        looked = getattr(Draft, way)
 
-    def look(self, *ask):
-        ahead.append(self._begun)
-        looked(self, *ask)
+        def look(self, *ask, way=way, looked=looked):
+            ahead.append(way)
+            looked(self, *ask)
 
-    monkeypatch.setattr(Draft, "look_ahead", look)
+        monkeypatch.setattr(Draft, way, look)
     found = [engine.prefill(PROMPT, True, sampling=sampling).token]
     accepted = []
     for budget in (3, 3, 1, 1, 5, 2):
@@ -91,18 +93,23 @@ def test_rounds_of_all_budgets_are_plain_decoding(engine, sampling, monkeypatch)
         assert engine.draft.length + engine._untold_rows() == engine.target.length
     assert found == answer[: len(found)]
     assert sum(accepted) > 2
-    assert len(ahead) == 4  # after each drafted round
+    # after each drafted round, by the device's own walk where tokens are not drawn
+    assert ahead == 4 * ["look_past" if sampling.greedy else "look_ahead"]
 
 
 def test_with_and_without_looking_ahead_everything_is_the_same(engine, monkeypatch):
     """Tokens, trees, the target's state and the draft's answers, to the bit; also where a round
     fails and is run again, and where another prompt comes."""
-    looked, found = Draft.look_ahead, []
-    for ahead in (True, False):
-        monkeypatch.setattr(Draft, "look_ahead", looked if ahead else lambda self, *ask: None)
+    found = []
+    for ahead in ("look_past", "look_ahead", ""):
+        with_block, begin = Engine._begin_block, Engine._begin
+        if ahead != "look_past":
+            monkeypatch.setattr(Engine, "_begin", lambda *ask: False)
+        if not ahead:
+            monkeypatch.setattr(Engine, "_begin_block", lambda *ask: None)
         engine.prefill(PROMPT)
         rounds = [engine.step(Fixed(3)) for _ in range(2)]
-        assert (engine.draft._begun is not None) == ahead
+        assert (engine.draft._begun is not None) == bool(ahead)
         commit = engine.target.commit
 
         def fails(path, commit=commit):
@@ -121,4 +128,6 @@ def test_with_and_without_looking_ahead_everything_is_the_same(engine, monkeypat
             (r.tokens, r.tree.tokens.tolist(), r.tree.log_weights.tobytes(), r.told) for r in rounds
         ]
         found.append((words, state, block.log_probs.tobytes()))
-    assert found[0] == found[1]
+        monkeypatch.setattr(Engine, "_begin", begin)
+        monkeypatch.setattr(Engine, "_begin_block", with_block)
+    assert found[0] == found[1] == found[2]
