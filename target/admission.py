@@ -53,8 +53,8 @@ class Loader(Protocol):
     def hurry(self, load: Load) -> None:
         """A pass asks for what an early load brings."""
 
-    def drop(self, load: Load, begun: bool = True) -> None:
-        """Give an early load up; without `begun` only if nothing of it has been read."""
+    def drop(self, load: Load) -> None:
+        """Give an early load up."""
 
 
 class Asked(NamedTuple):
@@ -100,13 +100,9 @@ class Admission:
         may take their slots. Loads of the missing ones begin before the first is handed out; that
         is what was there, and may be none."""
         layer, hits, coming, missing, _ = asked
-        hurried = []
-        for load in self._early(layer):
-            if np.isin(load.experts, coming).any():
-                self._loader.hurry(load)
-                hurried.append(load)
-            else:
-                self._loader.drop(load, begun=False)  # the guess was wrong
+        hurried = [one for one in self._early(layer) if np.isin(one.experts, coming).any()]
+        for one in hurried:
+            self._loader.hurry(one)
         load, rest = self._begin(layer, missing, self._slots(layer, hits, coming))
         yield hits, len(hits) > 0 and len(rest) > 0
         for one in hurried:

@@ -156,6 +156,7 @@ class ExpertCache:
             return
         self._loads.recover()
         self._loads.collect()
+        self._loads.asked(layer, needed)
         self._asking = asking = object()
         try:
             yield from self._waves(layer, needed, counters)

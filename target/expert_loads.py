@@ -19,6 +19,7 @@ from specdec.target.expert_bank import ExpertBank
 from specdec.target.expert_counters import LayerCounters
 from specdec.target.expert_reader import ExpertReader
 from specdec.target.read_plan import Slice
+from specdec.target.read_queue import Request
 from specdec.target.slots import SlotTable
 from specdec.target.store import Store
 
@@ -134,14 +135,24 @@ class ExpertLoads:
                 else:
                     self._fill(load)
 
-    def drop(self, load: Load, begun: bool = True) -> None:
-        """Give an early load up; without `begun` only if nothing of it has been read."""
-        if not begun and load.request.begun:
-            return
+    def asked(self, layer: int, experts: np.ndarray) -> None:
+        """The layer asks for experts: early loads of others were wrong guesses. They are given up
+        together, lest one begins while another goes; what a thread has begun is left to finish, or
+        the pass would have to wait for it."""
+        wrong = [
+            load
+            for load in self.early()
+            if load.layer == layer and not np.isin(load.experts, experts).any()
+        ]
+        gone = Request.withdraw([load.request for load in wrong])
+        for load in wrong:
+            if load.request in gone:
+                self._forget(load)
+
+    def drop(self, load: Load) -> None:
+        """Give an early load up, and wait for what a thread has begun of it."""
         load.request.cancel()
-        self._count_waste(load)
-        self.groups[load.layer].table.release(load.slots)
-        self._running.remove(load)
+        self._forget(load)
 
     def recover(self) -> None:
         """If an earlier pass ended amid its loads: stop all reads, and forget what they were to
@@ -165,6 +176,12 @@ class ExpertLoads:
     def _slices(self, load: Load) -> list[Slice]:
         bank, slots = self.groups[load.layer].bank, load.slots.tolist()
         return self.slices(load.layer, load.experts.tolist(), bank, slots)
+
+    def _forget(self, load: Load) -> None:
+        """Of a cancelled load: its slots are free."""
+        self._count_waste(load)
+        self.groups[load.layer].table.release(load.slots)
+        self._running.remove(load)
 
     def _fill(self, load: Load) -> None:
         self._count(load)

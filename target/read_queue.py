@@ -40,7 +40,7 @@ class Request:
         self._over = threading.Event()
         self._error: BaseException | None = None
         self.dropped = False  # by an error or by `cancel`: what has not begun never does
-        self.begun = False  # whether a thread has taken a piece of it
+        self.begun = False  # whether a thread has taken a piece of it: under the queue's lock
         self.bytes_read = 0
         if not todo:
             self._over.set()
@@ -68,8 +68,14 @@ class Request:
     def cancel(self) -> None:
         """Let go of what has not begun, and wait for what has: afterwards nobody writes to the
         slices' memory any more."""
-        self._queue.cancel(self)
+        self._queue.cancel([self])
         self._over.wait()
+
+    @staticmethod
+    def withdraw(requests: Sequence["Request"]) -> set["Request"]:
+        """Cancel those of one reader's requests that no thread has begun, all at once, and wait
+        for none: which these are."""
+        return requests[0]._queue.cancel(requests, begun=False) if requests else set()
 
     def hurry(self) -> None:
         """What was asked for while idle has become urgent."""
@@ -117,15 +123,20 @@ class ReadQueue:
             self._waiting.notify(min(len(line), self._most_idle) if idle else len(line))
         return requests
 
-    def cancel(self, request: Request) -> None:
+    def cancel(self, requests: Sequence[Request], begun: bool = True) -> set[Request]:
+        """Let go, all at once, of what has not begun of these; without `begun` only of those of
+        which nothing has. Which they are."""
         with self._waiting:
-            request.dropped = request.dropped or not request.done
+            gone = {one for one in requests if begun or not one.begun}
+            for request in gone:
+                request.dropped = request.dropped or not request.done
             for line in self._lines:
-                kept = [entry for entry in line if entry[0] is not request]
-                for _ in range(len(line) - len(kept)):
+                kept = [entry for entry in line if entry[0] not in gone]
+                for request in [entry[0] for entry in line if entry[0] in gone]:
                     request.finish(0, None)
                 line.clear()
                 line.extend(kept)
+        return gone
 
     def drain(self) -> None:
         with self._waiting:

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -21,7 +22,9 @@ import pytest
 
 from specdec import checkpoint as checkpoint_module
 from specdec.errors import ExpertReadError
+from specdec.target import expert_loads, read_queue
 from specdec.target.expert_cache import ExpertCache
+from specdec.target.read_queue import Request
 from specdec.target.streaming import Streaming
 from tests.checkpoints import write_checkpoint
 from tests.pairs import write_pair
@@ -59,25 +62,107 @@ class SlowDisk:
         return self.real(*arguments)
 
 
+class Gate:
+    """Reads that wait until their expert is let through.
+
+    A read is of the (layer, expert) whose bytes it begins with.
+    """
+
+    def __init__(self, patch: pytest.MonkeyPatch, opened: Opened) -> None:
+        self.real, store = checkpoint_module.read_at, opened.store
+        names = [(layer, expert) for layer in range(LAYERS) for expert in range(EXPERTS)]
+        self.names = {span.offset: name for name in names for span in store.spans(*name)}
+        self.opened = {name: threading.Event() for name in names}
+        self.offsets: list[int] = []  # of all reads, as they begin
+        self.order: list[tuple[int, int]] = []  # of the experts' first reads
+        self.begun = threading.Semaphore(0)  # up by one at each of these
+        self.errors: Iterator[OSError] = iter(())  # of the next reads that are let through
+        self.lock = threading.Lock()
+        patch.setattr(checkpoint_module, "read_at", self)
+
+    def __call__(self, descriptor: int, buffers: Any, offset: int) -> int:
+        name = self.names[offset]
+        with self.lock:
+            self.offsets.append(offset)
+            if name not in self.order:
+                self.order.append(name)
+                self.begun.release()
+        assert self.opened[name].wait(20)
+        for error in self.errors:
+            raise error
+        return self.real(descriptor, buffers, offset)
+
+    def next(self) -> tuple[int, int]:
+        """Wait until one more expert's reads begin: whose."""
+        assert self.begun.acquire(timeout=20)
+        return self.order[-1]
+
+    def open(self, *names: tuple[int, int]) -> None:
+        """Let these experts' reads through, or all."""
+        for name in names or self.opened:
+            self.opened[name].set()
+
+
+class Clock:
+    """Of a disk whose every read takes one second, beginning only when somebody waits for it."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.real, self.seconds = checkpoint_module.read_at, 0.0
+        self.lock, self.waits = threading.Lock(), threading.Event()
+        patch.setattr(checkpoint_module, "read_at", self.read)
+        patch.setattr(expert_loads, "perf_counter", self.wait)
+        patch.setattr(read_queue, "perf_counter", lambda: self.seconds)
+
+    def wait(self) -> float:
+        """The time, for whoever begins to wait."""
+        now = self.seconds
+        self.waits.set()
+        return now
+
+    def read(self, *arguments: Any) -> int:
+        assert self.waits.wait(20)
+        with self.lock:
+            self.seconds += 1
+        return self.real(*arguments)
+
+
 @pytest.mark.parametrize("direct", [False, True])
 def test_a_slow_disk_is_waited_for_and_the_wait_is_told(
     opened: Opened, monkeypatch: pytest.MonkeyPatch, direct: bool
 ) -> None:
-    cache = ExpertCache(opened.store, (), 8, mx.float32, Streaming(direct=direct, queue_depth=2))
-    SlowDisk(monkeypatch, 0.01)
+    clock = Clock(monkeypatch)
+    cache = ExpertCache(opened.store, (), 12, mx.float32, Streaming(direct=direct, queue_depth=2))
     for layer in range(LAYERS):
-        *_, wave = cache.waves(layer, np.array([1, 4, 6]))
+        before = clock.seconds
+        clock.waits.clear()
+        _, wave = cache.waves(layer, np.array([1, 4, 6]))  # one load: there is room
         opened.check(layer, wave, mx.float32)
-    assert all(one.stall_seconds >= 0.01 for one in cache.counters())
-    assert cache.reads().seconds >= 0.04
+        assert cache.counters()[layer].stall_seconds == clock.seconds - before > 0
+    assert cache.reads().seconds == cache.reads().reads == clock.seconds
+
+
+def interrupt_the_wait(patch: pytest.MonkeyPatch, gate: Gate) -> None:
+    """Ctrl-C comes when a load is waited for. What is being read then ends when it is cancelled."""
+    real = Request.cancel
+
+    def interrupted(request: Request, seconds: float | None = None) -> bool:
+        assert not request.done
+        signal.raise_signal(signal.SIGINT)
+        return True
+
+    def cancel(request: Request) -> None:
+        gate.open()
+        real(request)
+
+    patch.setattr(Request, "wait", interrupted)
+    patch.setattr(Request, "cancel", cancel)
 
 
 def test_ctrl_c_while_a_load_is_waited_for(opened: Opened, monkeypatch: pytest.MonkeyPatch) -> None:
     cache = ExpertCache(opened.store, (), 8, mx.float32)
     list(cache.waves(0, np.array([0, 1])))
     with monkeypatch.context() as patch:
-        SlowDisk(patch, 0.3)
-        threading.Timer(0.05, signal.raise_signal, [signal.SIGINT]).start()
+        interrupt_the_wait(patch, Gate(patch, opened))
         with pytest.raises(KeyboardInterrupt):
             list(cache.waves(1, np.arange(EXPERTS)))
     assert cache.resident(1).tolist() == []
@@ -187,37 +272,95 @@ def test_what_is_still_being_prefetched_is_waited_for(
     opened: Opened, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cache = ExpertCache(opened.store, (), 12, mx.float32)
-    SlowDisk(monkeypatch, 0.02)
+    gate = Gate(monkeypatch, opened)
     cache.prefetch(1, np.array([2]))
-    waves = list(cache.waves(1, np.array([2, 3])))
-    opened.check(1, waves[-1], mx.float32)
-    assert waves[-1].experts.tolist() == [2, 3]
+    waves = cache.waves(1, np.array([2, 3]))
+    assert next(waves).experts.tolist() == []
+    gate.open()
+    (wave,) = waves
+    opened.check(1, wave, mx.float32)
+    assert wave.experts.tolist() == [2, 3]
     one = cache.counters()[1]
     assert (one.hits, one.misses, one.early_hits, one.late) == (0, 2, 0, 1)
     assert one.bytes_read == 2 * opened.store.geometry(1).bytes_on_disk
 
 
+def ask_amid_guesses(opened: Opened, cache: ExpertCache, gate: Gate, asked: list[int]) -> list[int]:
+    """Layer 1 asks while a read is held, and gets its experts once it is not: what it has then.
+
+    Nothing is read twice.
+    """
+    waves = cache.waves(1, np.array(asked))
+    assert next(waves).experts.tolist() == []  # without waiting for what is under way
+    gate.open()
+    (wave,) = waves
+    opened.check(1, wave, mx.float32)
+    assert wave.experts.tolist() == asked
+    settle(cache)
+    assert len(set(gate.offsets)) == len(gate.offsets)
+    list(cache.waves(0, np.array([], np.int32)))
+    return cache.resident(1).tolist()
+
+
+@pytest.mark.parametrize("under_way", [(1, 6), (0, 7)], ids=["one of them begun", "none begun"])
 def test_wrong_guesses_not_begun_are_given_up_when_their_layer_asks(
-    opened: Opened, monkeypatch: pytest.MonkeyPatch
+    opened: Opened, monkeypatch: pytest.MonkeyPatch, under_way: tuple[int, int]
 ) -> None:
     cache = ExpertCache(opened.store, (), 12, mx.float32, Streaming(queue_depth=1))
-    asked, real = threading.Event(), checkpoint_module.read_at
-
-    def held(*arguments: Any) -> int:
-        assert asked.wait(20)
-        return real(*arguments)
-
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint_module, "read_at", held)
+        gate = Gate(patch, opened)
+        cache.prefetch(under_way[0], np.array([under_way[1]]))
+        assert gate.next() == under_way
         cache.prefetch(1, np.array([6, 5, 4, 2]))
-        for wave in cache.waves(1, np.array([2, 3])):
-            asked.set()
-            opened.check(1, wave, mx.float32)
-    settle(cache)
-    list(cache.waves(0, np.array([], np.int32)))
-    found = set(cache.resident(1).tolist())
-    assert {2, 3} <= found <= {2, 3, 6}  # one read was under way
-    assert cache.counters()[1].late == 1
+        found = ask_amid_guesses(opened, cache, gate, [2, 3])
+    assert found == ([2, 3, 6] if under_way[0] == 1 else [2, 3])
+    assert gate.order == [under_way, (1, 2), (1, 3)]
+    one, each = cache.counters()[1], opened.store.geometry(1).bytes_on_disk
+    assert (one.late, one.failed, one.wasted_bytes) == (1, 0, 0)
+    assert one.bytes_read == len(found) * each
+    assert cache.resident(0).tolist() == ([7] if under_way[0] == 0 else [])
+    check_all(opened, cache)
+
+
+class Overtaken(threading.Condition):
+    """A lock that the main thread takes only after another thread has come so far."""
+
+    def __init__(self) -> None:
+        super().__init__(threading.Lock())
+        self.before: Iterator[Callable[[], object]] = iter(())  # each time: what it waits for
+
+    def __enter__(self) -> bool:
+        if threading.current_thread() is threading.main_thread():
+            for wait in self.before:
+                wait()
+                break
+        return super().__enter__()
+
+
+@pytest.mark.parametrize("nth", [0, 1])
+def test_a_guess_that_begins_as_its_layer_asks_is_finished_and_the_others_are_given_up(
+    opened: Opened, monkeypatch: pytest.MonkeyPatch, nth: int
+) -> None:
+    """The thread goes on when the pass comes to the queue for the nth time: first to give up all
+    wrong guesses, then for what it asks for."""
+    cache = ExpertCache(opened.store, (), 12, mx.float32, Streaming(queue_depth=1))
+    overtaken = Overtaken()
+    monkeypatch.setattr(cache._reader._queue, "_waiting", overtaken)
+    with monkeypatch.context() as patch:
+        gate = Gate(patch, opened)
+        cache.prefetch(0, np.array([7]))
+        assert gate.next() == (0, 7)
+        cache.prefetch(1, np.array([6, 5, 4, 2]))
+
+        def go_on() -> None:
+            gate.open((0, 7))
+            gate.next()
+
+        overtaken.before = iter([lambda: None] * nth + [go_on])
+        found = ask_amid_guesses(opened, cache, gate, [2, 3])
+    assert found == ([2, 3, 6] if nth == 0 else [2, 3])
+    begun = [(1, 6)] if nth == 0 else []
+    assert gate.order == [(0, 7), *begun, (1, 2), (1, 3)]
     check_all(opened, cache)
 
 
@@ -267,23 +410,20 @@ def test_a_failed_prefetch_ends_nothing(
 ) -> None:
     """No slot is believed full, the failure is counted, and whoever asks has it read again."""
     cache = ExpertCache(opened.store, (), 12, mx.float32)
-    broken, real = [True], checkpoint_module.read_at
-
-    def read(*arguments: Any) -> int:
-        time.sleep(0.05 if asked else 0)
-        if broken.pop() if broken else False:
-            raise OSError(errno.EIO, os.strerror(errno.EIO))
-        return real(*arguments)
-
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint_module, "read_at", read)
+        gate = Gate(patch, opened)
+        gate.errors = iter([OSError(errno.EIO, os.strerror(errno.EIO))])
         cache.prefetch(1, np.array([2]))
         if not asked:
+            gate.open()
             settle(cache)
             list(cache.waves(0, np.array([], np.int32)))
             assert cache.resident(1).tolist() == []
-        for wave in cache.waves(1, np.array([2])):
-            opened.check(1, wave, mx.float32)
+        waves = cache.waves(1, np.array([2]))
+        assert next(waves).experts.tolist() == []
+        gate.open()
+        (wave,) = waves
+        opened.check(1, wave, mx.float32)
     one = cache.counters()[1]
     assert (one.early, one.early_hits, one.failed, one.late) == (1, 0, 1, int(asked))
     assert (one.hits, one.misses) == (0, 1)
@@ -343,9 +483,8 @@ def test_ctrl_c_while_a_prefetch_is_waited_for(
 ) -> None:
     cache = ExpertCache(opened.store, (), 12, mx.float32)
     with monkeypatch.context() as patch:
-        SlowDisk(patch, 0.3)
+        interrupt_the_wait(patch, Gate(patch, opened))
         cache.prefetch(1, np.array([2, 6]))
-        threading.Timer(0.05, signal.raise_signal, [signal.SIGINT]).start()
         with pytest.raises(KeyboardInterrupt):
             list(cache.waves(1, np.array([2, 3])))
     assert cache.resident(1).tolist() == []
