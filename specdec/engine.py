@@ -117,13 +117,13 @@ class Engine:
         times.append(perf_counter())
         output = self.target.verify(tree)
         verified = perf_counter()
-        begun = self._begin(limit, tree, output)
-        ahead = perf_counter() - verified
+        begun = self._look_past(limit, tree, output)
+        ahead = perf_counter() - verified if begun else 0.0
         path, bonus = self.chooser.walk(tree, output.logits, output.verdict)
         times.append(perf_counter())
         taps = [Taps(output.tapped, path)] if self._drafting else []
         if block is not None and not begun:
-            self._begin_block(limit, taps[0], bonus)
+            self._look_ahead(limit, taps[0], bonus)
         times.append(perf_counter())
         with Interrupts():  # a round is committed as a whole or not at all
             self.target.commit(path)
@@ -158,9 +158,9 @@ class Engine:
         # a tree is nowhere deeper than it has nodes
         return self.draft.propose(self._bonus, self.chooser.width(budget), budget)
 
-    def _begin(self, limit: int, tree: DraftTree, output: Output) -> bool:
+    def _look_past(self, limit: int, tree: DraftTree, output: Output) -> bool:
         """Let a GPU go on with what the next round will ask for if it is like this one, before the
-        host knows the path; whether it could be."""
+        host knows the path; whether the draft is at work then."""
         verdict = output.verdict
         if verdict is None or not self.chooser.on_device:
             return False
@@ -174,8 +174,8 @@ class Engine:
         self.draft.look_past(output.tapped, walk, self.chooser.width(limit), limit)
         return True
 
-    def _begin_block(self, limit: int, taps: Taps, bonus: int) -> None:
-        """The next round drafts as much: let a GPU do it while the host commits this one."""
+    def _look_ahead(self, limit: int, taps: Taps, bonus: int) -> None:
+        """Let a GPU draft the next block while the host commits this round."""
         assert self.draft is not None
         if self.draft.compiled:
             self.draft.look_ahead(taps, bonus, self.chooser.width(limit), limit)

@@ -1,7 +1,7 @@
 """Vocabulary: the words of kernel bodies that a platform does not have by itself.
 
 metal.h and cuda.h beside this file hold one definition per line. A kernel gets the lines it uses
-and no others: MLX joins and hashes the text of a kernel at each of its calls.
+and no others: a text is compiled for each of its variants, and on Metal joined at each call.
 """
 
 import re

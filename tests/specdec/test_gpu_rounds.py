@@ -102,11 +102,11 @@ def test_with_and_without_looking_ahead_everything_is_the_same(engine, monkeypat
     fails and is run again, and where another prompt comes."""
     found = []
     for ahead in ("look_past", "look_ahead", ""):
-        with_block, begin = Engine._begin_block, Engine._begin
+        ahead_, past = Engine._look_ahead, Engine._look_past
         if ahead != "look_past":
-            monkeypatch.setattr(Engine, "_begin", lambda *ask: False)
+            monkeypatch.setattr(Engine, "_look_past", lambda *ask: False)
         if not ahead:
-            monkeypatch.setattr(Engine, "_begin_block", lambda *ask: None)
+            monkeypatch.setattr(Engine, "_look_ahead", lambda *ask: None)
         engine.prefill(PROMPT)
         rounds = [engine.step(Fixed(3)) for _ in range(2)]
         assert (engine.draft._begun is not None) == bool(ahead)
@@ -128,6 +128,6 @@ def test_with_and_without_looking_ahead_everything_is_the_same(engine, monkeypat
             (r.tokens, r.tree.tokens.tolist(), r.tree.log_weights.tobytes(), r.told) for r in rounds
         ]
         found.append((words, state, block.log_probs.tobytes()))
-        monkeypatch.setattr(Engine, "_begin", begin)
-        monkeypatch.setattr(Engine, "_begin_block", with_block)
+        monkeypatch.setattr(Engine, "_look_past", past)
+        monkeypatch.setattr(Engine, "_look_ahead", ahead_)
     assert found[0] == found[1] == found[2]
