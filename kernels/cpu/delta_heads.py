@@ -122,7 +122,9 @@ def _convolve(weight, conv, qkv, start, parents, row, tape, first, mixed):  # ty
         add_products(source, address(weight) + tap * weight.strides[0] + 4 * first, mixed)
     for i in range(width):
         mixed[i] = silu(mixed[i])
-    tape[row, first : first + width] = qkv[row, start + first : start + first + width]
+    kept, came = tape[row, first : first + width], qkv[row, start + first : start + first + width]
+    for i in range(width):
+        kept[i] = came[i]
 
 
 @jit

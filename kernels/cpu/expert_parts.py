@@ -98,28 +98,34 @@ def compute_experts(  # type: ignore[no-untyped-def]
 def _split(tables, matrix, ends, first, last, shared, before=None):  # type: ignore[no-untyped-def]
     """How the experts `first` to `last` - 1 are split: how many parts, and where each one's parts
     begin and how many features they have. before: what they were split into; those that were not
-    are done with."""
+    are done with. The shared expert, which has most rows, comes first; how many parts it has stands
+    in the last place."""
     starts = np.zeros((2, len(ends)), np.int64)
     parts = 0
-    for group in range(first, last):
-        w = tables[matrix + (3 if group == shared else 0)]
-        both = 2 if matrix == GATE else 1
-        rows = ends[group + 1] - ends[group]
-        width = part_width(w[OUT], both * w[SIZE], rows, STEP)
-        if both * w[SIZE] * w[OUT] * (4 + rows) <= WHOLE:
-            width = w[OUT]
-        starts[0, group], starts[1, group] = parts, width
-        if before is None or before[1, group] < tables[GATE + (3 if group == shared else 0), OUT]:
-            parts += (w[OUT] + width - 1) // width
-    starts[0, last:] = parts
+    for routed in range(2):
+        for group in range(first if routed else shared, min(last, shared) if routed else last):
+            three = 0 if routed else 3
+            w, both = tables[three + matrix], 2 if matrix == GATE else 1
+            rows = ends[group + 1] - ends[group]
+            width = part_width(w[OUT], both * w[SIZE], rows, STEP)
+            if both * w[SIZE] * w[OUT] * (4 + rows) <= WHOLE:
+                width = w[OUT]
+            starts[0, group], starts[1, group] = parts, width
+            if before is None or before[1, group] < tables[three + GATE, OUT]:
+                parts += (w[OUT] + width - 1) // width
+        if not routed:
+            starts[1, shared + 1] = parts
     return parts, starts
 
 
 @jit
 def _group(starts, part):  # type: ignore[no-untyped-def]
     """The expert that a part is of."""
+    shared = starts.shape[1] - 2
+    if part < starts[1, shared + 1]:
+        return shared
     group = 0
-    while starts[0, group + 1] <= part:
+    while group + 1 < shared and starts[0, group + 1] <= part:
         group += 1
     return group
 

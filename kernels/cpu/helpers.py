@@ -46,8 +46,9 @@ _SHARES = 640  # of every thread a line: its share of the parts, which are conse
 _LEFT, _END, _FIRST, _THREADS = 0, 8, 16, 24
 _PAUSES = 64  # between two looks at what others want of the core
 _ROUNDS = 1000  # of so many pauses a helper waits before it sleeps
-_PATIENCE = 1 << 14  # pauses that a caller waits for a part: far longer than any takes
-_ALONE, _MOST_ALONE = 1 << 8, 1 << 16  # calls that are not shared after that
+_STAYS = 2000  # such looks before a helper that left its caller's core may have to do so again
+_PATIENCE = 1 << 12  # pauses that a caller waits for a part: far longer than any takes
+_ALONE, _MOST_ALONE = 1 << 9, 1 << 17  # calls that are not shared after that
 _CORES = 16  # words of a set of cores
 _PLACED = sys.platform == "linux"  # whether threads know their core, and may choose it
 _INDEX, _DATA_POINTER = ir.IntType(64), ir.IntType(8).as_pointer()
@@ -96,7 +97,7 @@ def help_callers(team, thread):  # type: ignore[no-untyped-def]
     """A helper's life; the caller is thread 0."""
     every, others = np.zeros(_CORES, np.int64), np.zeros(_CORES, np.int64)
     own = team + _SHARES + thread * LINE
-    pauses = 0
+    pauses = stays = 0
     while load(team + _CLOSED) == 0:
         if load(own + _LEFT) > 0:
             part = take(own)
@@ -112,9 +113,11 @@ def help_callers(team, thread):  # type: ignore[no-untyped-def]
         pauses += 1
         if pauses % _PAUSES != 0:
             continue
-        near = _PLACED and this_core() == load(team + _CORE)
+        stays = max(stays - 1, 0)
+        near = _PLACED and stays == 0 and this_core() == load(team + _CORE)
         if near and _leave_core(team, every, others):
             set_cores(0, 8 * _CORES, address(every))
+            stays = _STAYS
         yield_core()
         if pauses >= _ROUNDS * _PAUSES:
             pauses = 0
@@ -221,7 +224,7 @@ def run(team, task, data, parts, own):  # type: ignore[no-untyped-def]
     alone = max(load(team + _LONG), _ALONE)
     if pauses > _PATIENCE:
         swap(team + _REST, alone)
-        swap(team + _LONG, min(2 * alone, _MOST_ALONE))
+        swap(team + _LONG, min(4 * alone, _MOST_ALONE))
     elif alone > _ALONE:
         swap(team + _LONG, alone - 1)
     failed = failed or load(team + _FAILED) != 0
