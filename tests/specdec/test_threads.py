@@ -1,7 +1,6 @@
 """--threads: it reaches the kernels, is told, and changes no token; and the cores there are."""
 
 import os
-import subprocess
 import sys
 
 import pytest
@@ -143,16 +142,3 @@ def test_control_groups_leave_so_many(system, own, above, expected):
     (group / "cpu.max").write_text(own + "\n")
     (group.parent / "cpu.max").write_text(above + "\n")
     assert cores.usable_cores() == expected
-
-
-@linux
-def test_a_process_on_one_core_computes_alone():
-    code = "from specdec.cores import default_threads; print(default_threads())"
-    core = min(os.sched_getaffinity(0))
-    done = subprocess.run(
-        [sys.executable, "-c", f"import os; os.sched_setaffinity(0, {{{core}}}); {code}"],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert done.stdout == "1\n"
