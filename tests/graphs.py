@@ -1,10 +1,27 @@
-"""Graphs in words: of what MLX makes a function that is to be compiled."""
+"""Graphs: run by the shim as they were traced, and in words, of what MLX makes them."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import mlx.core as mx
 import pytest
 from mlx.utils import tree_flatten, tree_map
 
+from specdec.kernels.executor import gpu_kernels
 from specdec.kernels.gpu.kernel import MetalKernel
+from specdec.kernels.gpu.limits import refused
+from tests.metal.run import through_shim
+
+
+@contextmanager
+def graphs_on_shim() -> Iterator[None]:
+    """All operations run as kernels on the shim, or it is an error. It needs values: graphs run as
+    they were traced, with the host's numbers of the pass that they were traced for."""
+    refused.clear()
+    with pytest.MonkeyPatch.context() as patch, gpu_kernels(), through_shim():
+        patch.setattr(mx, "compile", lambda traced: traced)
+        yield
+    assert not refused
 
 
 class Told(Exception):

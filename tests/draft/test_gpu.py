@@ -10,13 +10,11 @@ from specdec.draft.model import Draft
 from specdec.errors import NonFiniteError
 from specdec.kernels.array import Backend
 from specdec.kernels.executor import gpu_kernels
-from specdec.kernels.gpu.limits import refused
 from specdec.kernels.tapped import Taps
 from specdec.kernels.walked import walked
 from tests.draft.reference import BLOCK, CASES, HIDDEN, TAPS, Reference, make_draft
-from tests.graphs import Told, graphs_as_words
+from tests.graphs import Told, graphs_as_words, graphs_on_shim
 from tests.metal.build import compiler
-from tests.metal.run import through_shim
 
 pytestmark = pytest.mark.skipif(compiler() is None, reason="needs g++ on Linux")
 
@@ -25,12 +23,9 @@ WIDTH = 9
 
 
 @pytest.fixture
-def on_shim(monkeypatch):
-    refused.clear()
-    monkeypatch.setattr(mx, "compile", lambda traced: traced)
-    with gpu_kernels(), through_shim():
+def on_shim():
+    with graphs_on_shim():
         yield
-    assert not refused  # every operation ran as a kernel
 
 
 def random_taps(rows: int, seed: int = 3) -> mx.array:

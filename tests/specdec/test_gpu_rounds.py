@@ -13,14 +13,13 @@ from specdec.draft.model import Draft
 from specdec.engine import Engine
 from specdec.errors import NonFiniteError
 from specdec.kernels.array import Backend
-from specdec.kernels.executor import gpu_kernels
-from specdec.kernels.gpu.limits import MAX_ROWS, refused
+from specdec.kernels.gpu.limits import MAX_ROWS
 from specdec.sampling import Sampling
 from specdec.tree.block import Block
 from tests.checkpoints import FAMILIES, write_checkpoint
 from tests.drafts import write_draft
+from tests.graphs import graphs_on_shim
 from tests.metal.build import compiler
-from tests.metal.run import through_shim
 from tests.targets import load_target, state_bytes
 
 pytestmark = pytest.mark.skipif(compiler() is None, reason="needs g++ on Linux")
@@ -31,12 +30,9 @@ COUNT = 8
 
 
 @pytest.fixture
-def on_shim(monkeypatch):
-    refused.clear()
-    monkeypatch.setattr(mx, "compile", lambda traced: traced)
-    with gpu_kernels(), through_shim():
+def on_shim():
+    with graphs_on_shim():
         yield
-    assert not refused
 
 
 @pytest.fixture
