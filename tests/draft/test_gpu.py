@@ -44,7 +44,7 @@ def asked(draft: Draft, bonus: int, slots: int | None = None) -> bytes:
     return block.tokens.tobytes() + block.log_probs.tobytes()
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", ["all", "causal", "narrow-causal-window", "window-of-one"])
 def test_proposals_are_those_of_the_formulas(case, on_shim):
     """Rows told by the graph, by plain operations, none at all; a narrower proposal between."""
     draft, reference = draft_of(case)
@@ -74,20 +74,28 @@ def test_compiled_graphs_serve_other_rounds_than_their_first(case):
     rng = np.random.default_rng(5)
     while at < len(taps) - BLOCK:
         count = int(rng.integers(1, BLOCK + 1))
-        draft.extend(Taps([taps[at : at + BLOCK]], range(count)))
+        told = Taps([taps[at : at + BLOCK]], range(count))
+        if at % 3 == 0:  # a chain, of which the first rows are taken
+            tokens = np.arange(BLOCK, dtype=np.int32)
+            chosen = [*range(1, count), (at + count) % 7 + 50, *[0] * BLOCK][:BLOCK]
+            verdict = mx.array([[token, 1] for token in chosen], mx.int32)
+            draft.look_past(told.parts, Walk(tokens, tokens - 1, verdict), WIDTH, BLOCK)
+        draft.extend(told)
         at += count
-        block = draft.propose(at % 7, WIDTH)
+        bonus = at % 7 + 50
+        block = draft.propose(bonus, WIDTH, BLOCK)
         if at % 5 == 0:
             draft.look_ahead(Taps([taps[at : at + BLOCK]], range(2)), 9, WIDTH)
         if at < 20 or at > len(taps) - 3 * BLOCK:
-            expected = reference.log_probs(np.array(taps[:at]), at % 7)
+            expected = reference.log_probs(np.array(taps[:at]), bonus)
             best = np.take_along_axis(expected, block.tokens, axis=1)
             np.testing.assert_allclose(block.log_probs, best, atol=1e-4)
     assert draft._graph is not None
-    assert len(draft._graph._graphs.kinds) <= 3  # of buffers that grew
+    # with a walk and without, of buffers that grew
+    assert len(draft._graph._graphs.kinds) <= 6
 
 
-@pytest.mark.parametrize("case", ["sliding", "narrow-window", "plain"])
+@pytest.mark.parametrize("case", ["sliding", "plain"])
 def test_many_rounds_move_the_rows_of_sliding_layers(case, on_shim):
     draft, reference = draft_of(case)
     taps = random_taps(600)
@@ -117,7 +125,7 @@ def test_rows_that_do_not_count_have_no_say(on_shim):
     assert found[:3] == found[3:]
 
 
-@pytest.mark.parametrize("case", ["sliding", "plain"])
+@pytest.mark.parametrize("case", ["sliding"])
 def test_what_is_begun_ahead_is_what_would_have_been_done(case, on_shim, monkeypatch):
     """Taken, or dropped in each of the ways there are: the answers stay the same to the bit."""
     rows, others = random_taps(BLOCK), random_taps(BLOCK, 8)
@@ -157,35 +165,34 @@ def test_what_is_begun_ahead_is_what_would_have_been_done(case, on_shim, monkeyp
     assert asked(draft, 9) == plain[1]
 
 
-@pytest.mark.parametrize("case", ["sliding", "sliding-bidirectional", "narrow-window", "plain"])
+@pytest.mark.parametrize("case", ["sliding", "narrow-window"])
 def test_what_is_begun_before_the_path_is_known(case, on_shim):
-    """The device walks: paths of every length, down trees that branch; told after 4 and 250."""
+    """The device walks: paths of all lengths, down trees that branch."""
     tokens = np.array([7, 1, 2, 3, 4, 5], np.int32)
     parents = np.array([-1, 0, 0, 2, 3, 2], np.int32)
     best = {(0,): [9], (0, 1): [1, 8], (0, 2, 3, 4): [2, 0, 3, 4, 9], (0, 2, 5): [2, 0, 5, 0, 0, 6]}
     rows = random_taps(6, 11)
     tapped = [rows[:, i : i + HIDDEN] for i in range(0, rows.shape[1], HIDDEN)]
-    for known in (4, 250):
-        for path, chosen in best.items():
-            answers = []
-            for ahead in (True, False):
-                draft, _ = draft_of(case)
-                draft.extend(random_taps(known, 4))
-                asked(draft, 1)
-                verdict = mx.array([[b, 1] for b in [*chosen, *[0] * 6][:6]], mx.int32)
-                if ahead:
-                    draft.look_past(tapped, Walk(tokens, parents, verdict), WIDTH, BLOCK)
-                    begun = draft._begun
-                draft.extend(Taps(tapped, path))
-                assert draft.length == known + len(path)
-                block = draft.propose(chosen[path[-1]], WIDTH, BLOCK)
-                answers.append(block.tokens.tobytes() + block.log_probs.tobytes())
-                if ahead:  # it was this
-                    assert begun is not None
-                    assert np.array_equal(as_block(np.array(begun.found)).tokens, block.tokens)
-                draft.extend(rows[:1])
-                answers[-1] += asked(draft, 2)
-            assert answers[0] == answers[1]
+    for known, (path, chosen) in zip((4, 2, 250, 4), best.items(), strict=True):
+        answers = []
+        for ahead in (True, False):
+            draft, _ = draft_of(case)
+            draft.extend(random_taps(known, 4))
+            asked(draft, 1)
+            verdict = mx.array([[b, 1] for b in [*chosen, *[0] * 6][:6]], mx.int32)
+            if ahead:
+                draft.look_past(tapped, Walk(tokens, parents, verdict), WIDTH, BLOCK)
+                begun = draft._begun
+            draft.extend(Taps(tapped, path))
+            assert draft.length == known + len(path)
+            block = draft.propose(chosen[path[-1]], WIDTH, BLOCK)
+            answers.append(block.tokens.tobytes() + block.log_probs.tobytes())
+            if ahead:  # it was this
+                assert begun is not None
+                assert np.array_equal(as_block(np.array(begun.found)).tokens, block.tokens)
+            draft.extend(rows[:1])
+            answers[-1] += asked(draft, 2)
+        assert answers[0] == answers[1]
 
 
 def test_the_walk_is_that_of_the_reference(on_shim):
