@@ -2,6 +2,10 @@
 
 What decides about bits, whether an expert's formats are taken and into how many shares a sum is
 split, depends on its own formats alone: neither on rows nor on what else the launch computes.
+
+256 experts of 512x2048, top-8 at random, take an H100 10.6 + 6.9, 37 + 20 and 66 + 33 us with 1, 7
+and 16 rows here, and 9.2 + 6.0, 35 + 20 and 72 + 41 without matrix units: where most experts have
+one row, what counts is waiting for memory. The more rows share an expert, the more is won.
 """
 
 from specdec.kernels.gpu.expert_formats import Format, Formats, Task
@@ -9,10 +13,6 @@ from specdec.kernels.gpu.kernel import Launch, MetalKernel
 from specdec.kernels.gpu.limits import MAX_ROWS
 from specdec.kernels.gpu.tiles import TILE_FEATURES, TILE_ROWS, groups_of, tiles_for
 
-# Whether experts are computed here at all. 256 experts of 512x2048, top-8 at random, take an H100
-# 10.6 + 6.9, 40 + 20 and 72 + 33 us with 1, 7 and 16 rows here, but 9.2 + 6.0, 35 + 20 and 72 + 41
-# without matrix units: most of these experts have one row, and what counts is waiting for memory.
-FASTER = False
 SPLIT = 4  # shares of the inputs of gate and up, at most
 HIDDEN_SIMDGROUPS = 4  # of a threadgroup of expert_hidden_tiles, a multiple of SPLIT
 SUM_SIMDGROUPS = 16  # of a threadgroup of expert_sum_tiles, at most; registers allow no more
@@ -76,7 +76,7 @@ def _memory(most: int, top_k: int, routed: bool) -> int:
 
 
 def _on_tiles(formats: Formats) -> bool:
-    return FASTER and all(
+    return all(
         shape[-2] % TILE_FEATURES == 0 and tiles_for(floats, bits, group, _inputs(kept))
         for kept in formats
         for shape, bits, group, floats in (kept,)
@@ -96,6 +96,7 @@ def hidden_launch(task: Task) -> Launch:
         for features, split in zip((task.inner, task.shared_inner), splits, strict=True)
     )
     threads = 32 * HIDDEN_SIMDGROUPS
+    most = WORDS if task.rows == 1 else WORDS // 2  # where more simdgroups wait, each has less
     return EXPERT_HIDDEN_TILES.launch(
         task.hidden_shapes,
         [task.dtype, task.dtype],
@@ -104,9 +105,9 @@ def hidden_launch(task: Task) -> Launch:
         template={
             **task.template(0),
             "SPLIT": splits[0],
-            "UNROLL": _unroll(bank[0], splits[0], 2) if bank else 1,
+            "UNROLL": _unroll(bank[0], splits[0], 2, most) if bank else 1,
             "SHARED_SPLIT": splits[1],
-            "SHARED_UNROLL": _unroll(shared[0], splits[1], 2) if shared else 1,
+            "SHARED_UNROLL": _unroll(shared[0], splits[1], 2, most) if shared else 1,
             "SIMDGROUPS": HIDDEN_SIMDGROUPS,
         },
     )
@@ -121,8 +122,8 @@ def sum_launch(task: Task) -> Launch:
         threadgroup=(threads, 1, 1),
         template={
             **task.sum_template(),
-            "UNROLL": _unroll(task.bank[2], 1, 1) if task.bank else 1,
-            "SHARED_UNROLL": _unroll(task.shared[2], 1, 1) if task.shared else 1,
+            "UNROLL": _unroll(task.bank[2], 1, 1, WORDS) if task.bank else 1,
+            "SHARED_UNROLL": _unroll(task.shared[2], 1, 1, WORDS) if task.shared else 1,
         },
     )
 
@@ -136,13 +137,14 @@ def _split(kept: Format) -> int:
     return split
 
 
-def _unroll(kept: Format, split: int, tiles: int) -> int:
-    """How many groups are read at once by a simdgroup of so many tiles; it changes no bits."""
+def _unroll(kept: Format, split: int, tiles: int, most: int) -> int:
+    """How many groups are read at once by a simdgroup of so many tiles, `most` words a lane; it
+    changes no bits."""
     _, bits, group, _ = kept
     groups = groups_of(bits, group, _inputs(kept)) // split
     # a lane reads a quarter of two rows of each tile
     words = 2 * tiles * (group * bits // 32 if bits else 16) // 4
     unroll = 1
-    while groups % (2 * unroll) == 0 and 2 * unroll * words <= WORDS:
+    while groups % (2 * unroll) == 0 and 2 * unroll * words <= most:
         unroll *= 2
     return unroll

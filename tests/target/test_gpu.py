@@ -12,7 +12,7 @@ from specdec.engine import Engine
 from specdec.kernels.array import Backend
 from specdec.kernels.executor import gpu_kernels
 from specdec.kernels.gated_delta import mix_tree
-from specdec.kernels.gpu import expert_launches, expert_tiles, graphs, linear
+from specdec.kernels.gpu import expert_launches, graphs, linear
 from specdec.kernels.gpu.kernel import Launch
 from specdec.kernels.gpu.limits import MAX_ROWS, Unsupported, refused
 from specdec.kernels.gpu.tiles import use_tiles
@@ -78,7 +78,6 @@ def on_matrix_units(on_shim):
     # undone before the shim is: its launches would stay otherwise
     with use_tiles(), pytest.MonkeyPatch.context() as patch:
         patch.setattr(linear, "LARGE", 1)
-        patch.setattr(expert_tiles, "FASTER", True)
         patch.setattr(Launch, "__call__", call)
         yield ran
     linear._linear.cache_clear()

@@ -23,8 +23,7 @@ pytestmark = pytest.mark.skipif(compiler() is None, reason="needs g++ on Linux")
 
 
 @pytest.fixture(autouse=True)
-def on_tiles(monkeypatch):
-    monkeypatch.setattr(gpu, "FASTER", True)
+def on_tiles():
     launches.cache_clear()
     with use_tiles():
         yield
@@ -137,7 +136,7 @@ def names(rows, top_k=8, dtype=B, bits=4, group=64, inner=512, on=True):
     return [None if launch is None else launch.kernel.name for launch in pair]
 
 
-def test_formats_decide_and_rows_do_not(monkeypatch):
+def test_formats_decide_and_rows_do_not():
     tiles, lanes = ([f"expert_{part}{way}" for part in ("hidden", "sum")] for way in ("_tiles", ""))
     for rows in range(1, 33):
         assert names(rows) == names(rows, top_k=14) == names(rows, bits=8) == tiles
@@ -151,9 +150,6 @@ def test_formats_decide_and_rows_do_not(monkeypatch):
         {"bits": 0, "inner": 520},
     ):
         assert names(3, **other) == lanes
-    launches.cache_clear()
-    monkeypatch.setattr(gpu, "FASTER", False)
-    assert names(3) == lanes
 
 
 def test_shares_of_sums_do_not_depend_on_rows_or_on_the_rest():
