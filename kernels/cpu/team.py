@@ -22,6 +22,7 @@ from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 
+from specdec.errors import SpecdecError
 from specdec.kernels.cpu.helpers import (
     ENTRY,
     LINE,
@@ -55,7 +56,8 @@ class Team:
         return 1 + len(self._helpers)
 
     def resize(self, threads: int) -> None:
-        """Have so many from now on. Not while a kernel runs in another thread."""
+        """Have so many from now on; SpecdecError if the system does not start them. Not while a
+        kernel runs in another thread."""
         assert threads > 0
         if threads == self.threads:
             return
@@ -65,13 +67,19 @@ class Team:
         self._memory = np.zeros((size(threads) + LINE) // 8, np.int64)
         place = -(-self._memory.ctypes.data // LINE) * LINE
         prepare(place, threads)
-        self._helpers = [
-            threading.Thread(target=help_callers, args=(place, thread), name="kernels", daemon=True)
-            for thread in range(1, threads)
-        ]
-        for helper in self._helpers:
-            helper.start()
         self.place = place
+        for thread in range(1, threads):
+            helper = threading.Thread(
+                target=help_callers, args=(place, thread), name="kernels", daemon=True
+            )
+            try:
+                helper.start()
+            except RuntimeError as why:
+                self.close()  # or those that run would be waited for at the end
+                raise SpecdecError(
+                    f"--threads {threads}: the system starts {thread} at most ({why})"
+                ) from None
+            self._helpers.append(helper)
 
     def close(self) -> None:
         """Let the helpers go."""

@@ -230,6 +230,21 @@ def process(lines: str) -> subprocess.CompletedProcess[str]:
         pytest.param("raise SystemExit(0)", id="exit"),
         pytest.param("use_threads(1); assert right(); use_threads(2); assert right()", id="resize"),
         pytest.param(
+            "from specdec.errors import SpecdecError\n"
+            "start, started = threading.Thread.start, []\n"
+            "def some(self):\n"
+            "    if len(started) == 2: raise RuntimeError('none left')\n"
+            "    started.append(self)\n"
+            "    start(self)\n"
+            "threading.Thread.start = some\n"
+            "try: use_threads(5)\n"
+            "except SpecdecError as why:\n"
+            "    assert str(why) == '--threads 5: the system starts 3 at most (none left)', why\n"
+            "else: raise AssertionError\n"
+            "assert threads() == 1 and right()",
+            id="no more threads",
+        ),
+        pytest.param(
             "pid = os.fork()\n"
             "if not pid:\n"
             "    alone = threads() == 1 and right()\n"
