@@ -66,7 +66,7 @@ def as_block(found: np.ndarray) -> Block:
     """What kernels.top_tokens found, int32 [slots, 2 * width + 3]; NonFiniteError as above."""
     width = (found.shape[1] - 3) // 2
     floats = found[:, width:-1].view(np.float32).astype(np.float64)
-    with np.errstate(invalid="ignore"):
+    with np.errstate(invalid="ignore", divide="ignore"):
         log_totals = floats[:, -2:-1] + np.log(floats[:, -1:])
     _check(log_totals)
     return Block(found[:, :width], np.minimum(floats[:, :width] - log_totals, 0.0))

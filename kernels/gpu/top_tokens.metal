@@ -44,10 +44,12 @@ if (lane == 0) {
 threadgroup_barrier(mem_flags::mem_threadgroup);
 peak = simd_max(lane < simdgroups ? peaks[lane] : -INF);
 bad = simd_max(lane < simdgroups ? best_ids[lane] : 0);
+// a part of nothing but -Inf has no weight in its row
+const float most = peak == -INF ? 0.0f : peak;
 float sum = 0.0f;
 #pragma unroll
 for (int i = 0; i < VALUES; ++i) {
-  sum = sum + (keys[i] != 0 ? metal::exp(values[i] - peak) : 0.0f);
+  sum = sum + (keys[i] != 0 ? metal::exp(values[i] - most) : 0.0f);
 }
 sum = simd_sum(sum);
 if (lane == 0) {

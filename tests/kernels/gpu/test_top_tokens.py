@@ -81,8 +81,9 @@ def test_verdicts(rows, vocab, width, options):
 
 @needs_shim
 def test_masked_and_broken_rows():
-    logits = np.full((4, 9000), -np.inf, np.float32)
+    logits = np.full((5, 9000), -np.inf, np.float32)
     logits[0, [8999, 5]] = 1.0
+    logits[4, [7, 5, 6]] = 2.0  # nothing in the second part
     logits[1, 7] = np.nan
     logits[2, 8998] = np.inf
     with through_shim(order="reverse"):
@@ -92,7 +93,8 @@ def test_masked_and_broken_rows():
     with np.errstate(all="ignore"):
         sums = peak + np.log(total)
     assert sums[0] == 1.0 + np.float32(np.log(2.0))
-    assert not np.isfinite(sums[1:]).any()
+    assert sums[4] == 2.0 + np.float32(np.log(3.0))
+    assert not np.isfinite(sums[1:4]).any()
     assert not found[:, -1].any()
 
 
