@@ -342,6 +342,25 @@ def test_matrix_units_are_chosen_by_the_environment_and_told_of(wish, why, monke
     assert "matrix" not in choose_backend(mx.float32).why  # for which there are none
 
 
+@pytest.mark.parametrize(("capability", "why"), [((8, 0), "with"), ((7, 5), "without")])
+def test_nvidia_gpus_have_matrix_units_where_they_take_bfloat16(capability, why, monkeypatch):
+    monkeypatch.delenv("SPECDEC_KERNELS", raising=False)
+    monkeypatch.delenv("SPECDEC_MATRIX_UNITS", raising=False)
+    monkeypatch.setattr(mx, "default_device", lambda: mx.gpu)
+    monkeypatch.setattr(mx.cuda, "is_available", lambda: True)
+    names = "compute_capability_major", "compute_capability_minor"
+    monkeypatch.setattr(mx, "device_info", lambda d: dict(zip(names, capability, strict=True)))
+    monkeypatch.setattr(tiles._tiles, "on", None)
+    assert choose_backend().why.endswith(f", {why} matrix units")
+    monkeypatch.setattr(tiles._tiles, "on", None)
+    monkeypatch.setenv("SPECDEC_MATRIX_UNITS", "1")
+    if capability < (8, 0):
+        with pytest.raises(SpecdecError, match="7[.]5, bfloat16 needs 8[.]0"):
+            choose_backend()
+    else:
+        assert choose_backend().why.endswith(", with matrix units")
+
+
 def test_a_wish_for_matrix_units_that_is_none_is_refused(monkeypatch):
     monkeypatch.delenv("SPECDEC_KERNELS", raising=False)
     monkeypatch.setattr(mx, "default_device", lambda: mx.gpu)
