@@ -1,7 +1,9 @@
 """CommitGraph: making a path part of the state, compiled by MLX, for verify passes that are graphs.
 
-Passes over as many rows are one graph, whatever their trees and paths: which rows are moved to
-directly behind the committed ones goes in as an array, and so does the path that is replayed.
+Passes over as many rows are one graph, whatever their trees and paths: which rows stand directly
+behind the committed ones from now on goes in as an array, and so does the path that is replayed.
+The rows are taken from what was staged, not from the buffers: MLX writes in place only into a
+buffer that nobody reads at the same time, and would copy all of it.
 """
 
 from typing import Any
@@ -28,9 +30,9 @@ class CommitGraph(Graphs):
             return
         this.check(path)
         moves = path != list(range(len(path)))
-        # rows behind the path stay where they are
-        places = state.length + np.array([*path, *range(len(path), rows)])
-        numbers = np.concatenate([padded(path), places]).astype(np.int32)
+        # rows behind the path stay what they are
+        places = [*path, *range(len(path), rows)]
+        numbers = np.concatenate([padded(path), places, [state.length]]).astype(np.int32)
         capacity = state.keys[0].shape[1] if state.keys else 0
         graph = self.of((rows, moves, capacity), _moved if moves else _replayed)
         found = graph(
@@ -38,15 +40,16 @@ class CommitGraph(Graphs):
                 "numbers": mx.array(numbers),
                 "keys": state.keys if moves else [],
                 "values": state.values if moves else [],
+                "staged": [list(part) for part in zip(*this.staged, strict=True)] if moves else [],
                 "conv": state.conv,
                 "recurrent": state.recurrent,
                 "tapes": [tape.rows for tape in this.tapes],
             }
         )
         conv, recurrent, keys, values = found
-        start(*keys, *values, *conv, *recurrent)
-        if moves:
+        if moves:  # now: whoever holds what was there before keeps MLX from writing in place
             state.keys[:], state.values[:] = keys, values
+        start(*keys, *values, *conv, *recurrent)
         state.advance(len(path), conv, recurrent)
 
 
@@ -61,10 +64,13 @@ def _replayed(given: dict[str, Any]) -> tuple[list[Array], ...]:
 
 def _moved(given: dict[str, Any]) -> tuple[list[Array], ...]:
     conv, recurrent, keys, values = _replayed(given)
-    places = given["numbers"][MAX_ROWS + 1 :]
-    first = places[:1]  # the root stays where it is
-    keys, values = (
-        [mx.slice_update(one, mx.take(one, places, axis=1), first, axes=(1,)) for one in buffers]
-        for buffers in (keys, values)
-    )
+    places, first = given["numbers"][MAX_ROWS + 1 : -1], given["numbers"][-1:]
+    if given["staged"]:
+        keys, values = (
+            [
+                mx.slice_update(one, mx.take(new, places, axis=1), first, axes=(1,))
+                for one, new in zip(buffers, staged, strict=True)
+            ]
+            for buffers, staged in zip((keys, values), given["staged"], strict=True)
+        )
     return conv, recurrent, keys, values

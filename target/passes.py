@@ -26,9 +26,12 @@ from specdec.kernels.layout import TreeLayout
 from specdec.kernels.linear import Piece
 from specdec.target.state import State
 
-# experts by MoE layer, and the rows and the last of each tape by gated delta layer
+# experts by MoE layer, the rows and the last of each tape by gated delta layer, and what was staged
+# by full-attention layer
 Results: TypeAlias = tuple[
-    dict[int, Array], dict[int, tuple[tuple[Array, ...], tuple[Array, Array] | None]]
+    dict[int, Array],
+    dict[int, tuple[tuple[Array, ...], tuple[Array, Array] | None]],
+    dict[int, tuple[Array, Array]],
 ]
 
 
@@ -124,6 +127,7 @@ class TreePass(Pass):
         self.tree = tree
         self.layout = AttentionLayout(tree, state.length)
         self._tapes: dict[int, Tape] = {}
+        self._staged: dict[int, tuple[Array, Array]] = {}  # a lone root's is where it belongs
 
     def turn_of_root(self) -> tuple[Array, Array]:
         """cos and sin of the root's position, on the device."""
@@ -131,6 +135,19 @@ class TreePass(Pass):
 
     def again(self) -> "TreePass":
         return TreePass(self.state, self._rope, self.tree)
+
+    def attend(
+        self,
+        index: int,
+        queries: Array,
+        keys: Array,
+        values: Array,
+        scale: float,
+        gate: Piece | None,
+    ) -> Array:
+        if self.tree.rows > 1:
+            self._staged[index] = keys, values
+        return super().attend(index, queries, keys, values, scale, gate)
 
     def _attention(
         self, queries: Array, keys: Array, values: Array, scale: float, gate: Piece | None
@@ -152,20 +169,21 @@ class TreePass(Pass):
     def results(self) -> Results:
         """What the layers left here, as plain containers of arrays."""
         tapes = {index: (tape.rows, tape.last) for index, tape in self._tapes.items()}
-        return self.chosen, tapes
+        return self.chosen, tapes, self._staged
 
     def take(self, results: Results) -> None:
         """Have `results` of a pass over an equal tree, of which some layers ran in place of this
         one's."""
-        chosen, tapes = results
+        chosen, tapes, staged = results
         self.chosen.update(chosen)
+        self._staged.update(staged)
         self._tapes.update({index: Tape(*parts) for index, parts in tapes.items()})
 
     def commit(self, path: list[int]) -> None:
         """Make a path from the root part of the state."""
         self.check(path)
         state = self.state
-        state.keep(path)
+        state.keep(path, self.staged)
         conv, recurrent = self._after(path)
         if self.tree.rows > 1:  # else there is nothing to compute
             start(*state.keys, *state.values, *conv, *recurrent)
@@ -174,6 +192,12 @@ class TreePass(Pass):
     def check(self, path: list[int]) -> None:
         assert path[0] == 0
         assert all(self.tree.parents[row] == above for above, row in pairwise(path))
+
+    @property
+    def staged(self) -> list[tuple[Array, Array]]:
+        """Keys and values [kv_heads, rows, head_dim] of the full-attention layers in order; of a
+        lone root none."""
+        return [self._staged[index] for index in sorted(self._staged)]
 
     @property
     def tapes(self) -> list[Tape]:

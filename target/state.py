@@ -4,6 +4,8 @@ Keys and values of the full-attention layers, convolution rows and recurrent sta
 delta layers, and how many tokens they stand for. Only a prompt chunk and `commit` change it.
 """
 
+from collections.abc import Sequence
+
 import mlx.core as mx
 
 from specdec.kernels.array import Array, Backend, concatenate
@@ -53,15 +55,19 @@ class State:
         self.keys[index][:, start:end] = keys
         self.values[index][:, start:end] = values
 
-    def keep(self, path: list[int]) -> None:
-        """Move the staged keys and values of these rows to directly behind the committed ones."""
+    def keep(self, path: list[int], staged: Sequence[tuple[Array, Array]]) -> None:
+        """Have the keys and values of these rows stand directly behind the committed ones.
+
+        staged: per full-attention layer what was staged. MLX writes in place only into a buffer
+        that nobody reads at the same time: what is moved is not read from there.
+        """
         if path == list(range(len(path))):
             return
         start, end = self.length, self.length + len(path)
-        rows = self.backend.index([start + row for row in path])
-        for buffers in (self.keys, self.values):
-            for buffer in buffers:
-                buffer[:, start:end] = buffer[:, rows]
+        rows = self.backend.index(path)
+        for index, new in enumerate(staged):
+            for buffers, one in zip((self.keys, self.values), new, strict=True):
+                buffers[index][:, start:end] = one[:, rows]
 
     def advance(self, rows: int, conv: list[Array], recurrent: list[Array]) -> None:
         """The next `rows` staged tokens are committed, with these as the states after them."""

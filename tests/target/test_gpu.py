@@ -220,6 +220,29 @@ def test_a_commit_holds_nothing_of_the_path_it_was_traced_for(family, tmp_path, 
     assert told[0] == told[1]
 
 
+@pytest.mark.parametrize("streamed", [False, True])
+def test_no_round_copies_the_buffers(streamed, tmp_path):
+    """Rows are written into keys and values in place, by passes and by commits that move some."""
+    refused.clear()  # else passes are no graphs; MLX compiles them from the references
+    options = {"pins": 1, "slots": 8} if streamed else {}
+    with opened(write_checkpoint(tmp_path, FAMILIES[0]), GPU, **options) as target:
+        prefill(target, PROMPT)
+        places = []
+        for path in ([0, 2], [0, 1, 3, 4], [0]):
+            target.verify(tree_of(np.arange(len(PARENTS)), PARENTS))
+            places.append(places_of([*target.state.keys, *target.state.values]))
+            target.commit(path)
+            places.append(places_of([*target.state.keys, *target.state.values]))
+        assert target.compiled != streamed
+    assert places == places[:1] * len(places)
+
+
+def places_of(buffers: list[mx.array]) -> list[int]:
+    """Where they lie in memory."""
+    mx.eval(buffers)
+    return [np.array(one, copy=False).__array_interface__["data"][0] for one in buffers]
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_looking_ahead_changes_nothing(family, tmp_path, on_shim, monkeypatch):
     """The pass of the next token is begun before the token is known to the host."""
