@@ -17,6 +17,7 @@ SPLIT = 4  # shares of the inputs of gate and up, at most
 HIDDEN_SIMDGROUPS = 4  # of a threadgroup of expert_hidden_tiles, a multiple of SPLIT
 SUM_SIMDGROUPS = 16  # of a threadgroup of expert_sum_tiles, at most; registers allow no more
 WORDS = 16  # of weights that a lane reads at once, at most
+GROUPS = 4  # that it does so of, at most: of each it holds scales and biases, too
 MEMORY = 32768  # bytes of a threadgroup
 
 
@@ -145,6 +146,6 @@ def _unroll(kept: Format, split: int, tiles: int, most: int) -> int:
     # a lane reads a quarter of two rows of each tile
     words = 2 * tiles * (group * bits // 32 if bits else 16) // 4
     unroll = 1
-    while groups % (2 * unroll) == 0 and 2 * unroll * words <= most:
+    while unroll < GROUPS and groups % (2 * unroll) == 0 and 2 * unroll * words <= most:
         unroll *= 2
     return unroll

@@ -175,11 +175,12 @@ def test_kernels_keep_the_rules(kernel):
 
 
 @pytest.mark.skipif(NVCC is None, reason="nvcc is not installed")
-@pytest.mark.parametrize(("bits", "rows"), [(4, 1), (4, 32), (8, 7), (0, 7)])
-def test_kernels_compile_for_cuda(bits, rows, tmp_path):
+@pytest.mark.parametrize(
+    ("bits", "group", "rows"), [(4, 64, 1), (4, 64, 32), (4, 32, 7), (8, 64, 7), (0, 0, 7)]
+)
+def test_kernels_compile_for_cuda(bits, group, rows, tmp_path):
     """In the geometry of Qwen3.6-35B-A3B: no spills, and registers for all of a threadgroup."""
     words = (lambda n: n * bits // 32) if bits else (lambda n: n)
-    group = 64 if bits else 0
     up, alone = ((*n, 512, words(2048)) for n in ((256,), ()))
     downs = [(*n, 2048, words(512)) for n in ((256,), ())]
     bank = ((up, bits, group, B),) * 2 + ((downs[0], bits, group, B),)
