@@ -18,6 +18,7 @@ import numpy as np
 from specdec.checkpoint import Checkpoint
 from specdec.errors import SpecdecError
 from specdec.kernels.gpu.limits import refused
+from specdec.kernels.gpu.resident import moved
 from specdec.kernels.gpu.tiles import tiles_on
 
 # mx.array or np.ndarray; one model's arrays are all of one kind
@@ -72,7 +73,10 @@ class Backend:
         dtype: mx.Dtype | None = None,
     ) -> Array:
         """Read a tensor; floats become `dtype` or the backend's."""
-        return self.place(checkpoint.load(name, shape, dtype or self.dtype))
+        array = checkpoint.load(name, shape, dtype or self.dtype)
+        if self.name == "cuda" and array.size:
+            array = moved(array)  # or each row would wait for its page when it is first read
+        return self.place(array)
 
     def zeros(self, shape: Sequence[int], dtype: mx.Dtype | None = None) -> Array:
         if self.name == "cpu":

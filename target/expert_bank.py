@@ -13,6 +13,7 @@ import mlx.core as mx
 import numpy as np
 
 from specdec.kernels.experts import ExpertWeights
+from specdec.kernels.gpu.resident import met
 from specdec.kernels.weight import Weight
 from specdec.shards import FLOATS
 from specdec.target.read_files import ALIGNMENT
@@ -53,6 +54,12 @@ class ExpertBank:
             for projection, quantization in zip(PROJECTIONS, geometry.quantizations, strict=True)
         )
         self.weights = ExpertWeights(gate, up, down)
+        self._arrays = list(arrays.values())
+
+    def filled(self) -> None:
+        """All experts are there and stay: a CUDA device gets them now, not at their first use."""
+        if mx.default_device() == mx.gpu and mx.cuda.is_available():
+            met(self._arrays)
 
 
 def _aligned(shape: tuple[int, ...], dtype: mx.Dtype) -> mx.array:

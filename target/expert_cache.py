@@ -115,6 +115,7 @@ class ExpertCache:
             except BaseException:
                 self._reader.drain()
                 raise
+            bank.filled()
             self._counters[layer].bytes_read += request.bytes_read
             done += sizes[layer]
             if on_progress is not None:

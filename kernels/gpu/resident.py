@@ -1,4 +1,4 @@
-"""Resident: small arrays for kernels, in the device's own memory.
+"""Resident: arrays for kernels in the device's own memory.
 
 What the host wrote lies in memory that both share page by page; so does, in MLX for CUDA, every
 array of up to 8 bytes. A kernel that reads such a page after the host used it waits 15 to 20
@@ -16,7 +16,16 @@ def resident(values: Sequence[float] | np.ndarray, dtype: mx.Dtype) -> mx.array:
     """The values; a list is followed by zeros up to 8 elements."""
     if not isinstance(values, np.ndarray):
         values = np.array([*values, *[0] * (8 - len(values))])
-    copied = mx.array(values).astype(dtype)
-    copied = mx.where(mx.array(True), copied, copied)  # which nothing but a kernel can do
+    return moved(mx.array(values).astype(dtype))
+
+
+def moved(array: mx.array) -> mx.array:
+    """A copy made by the device."""
+    copied = mx.where(mx.array(True), array, array)  # which nothing but a kernel can do
     mx.eval(copied)
     return copied
+
+
+def met(arrays: Sequence[mx.array]) -> None:
+    """Have the device meet every page of what the host wrote, rather than amid its work."""
+    mx.eval([array.max() for array in arrays])

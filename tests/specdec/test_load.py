@@ -14,8 +14,10 @@ from specdec import load as load_module
 from specdec.budget import Fixed
 from specdec.errors import CheckpointError, PairingError, PlanError, SpecdecError
 from specdec.generation import Request, generate
+from specdec.kernels import array as array_module
 from specdec.kernels.array import Backend, choose_backend
 from specdec.kernels.gpu import tiles
+from specdec.kernels.gpu.resident import moved
 from specdec.load import Settings, load, plan_for
 from specdec.memory import resident_bytes, start_gpu
 from specdec.plan import KEPT_BYTES, MemoryPlan
@@ -329,6 +331,24 @@ def test_a_gpu_takes_its_kernels_in_bfloat16_or_the_checkpoints_float32(monkeypa
         chosen = choose_backend(dtype)
         assert (chosen.name, chosen.dtype) == (name, expected)
     assert choose_backend().dtype == mx.bfloat16
+
+
+def test_what_cuda_holds_is_a_copy_of_what_the_host_read(tmp_path, monkeypatch):
+    folder = write_checkpoint(tmp_path / "target", "qwen3_moe")
+    copied = []
+
+    def counted(array):
+        copied.append(array)
+        return moved(array)
+
+    monkeypatch.setattr(array_module, "moved", counted)
+    with checkpoint_module.Checkpoint.open(folder) as checkpoint:
+        for name in ("model.embed_tokens.weight", "model.norm.weight"):
+            read = checkpoint.load(name)
+            found = Backend("cuda", read.dtype, "").load(checkpoint, name)
+            assert mx.array_equal(found, read)
+            Backend("metal", read.dtype, "").load(checkpoint, name)  # shares memory: no copy
+    assert len(copied) == 2
 
 
 @pytest.mark.parametrize(("wish", "why"), [("1", "with matrix units"), ("0", "without matrix")])
