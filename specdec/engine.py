@@ -193,5 +193,6 @@ class Engine:
             taps = self._untold[0]
             if len(self._untold) > 1:
                 taps = Taps([concatenate([taps.values for taps in self._untold])])
-            self.draft.extend(taps)
-            self._untold.clear()
+            with Interrupts():  # none is told twice
+                self.draft.extend(taps)
+                self._untold.clear()

@@ -6,6 +6,7 @@ Equality, no tolerance. Tiny random drafts are hardly ever right, so most runs u
 import errno
 import json
 import os
+import signal
 from itertools import count, product
 from typing import Any
 
@@ -273,6 +274,27 @@ def test_an_error_amid_a_round_leaves_the_session_usable(
     while len(tokens) < 20:
         tokens.extend(engine.step(Fixed(6)).tokens)
     assert tokens[:20] == truth[:20]
+
+
+@needs_numba
+def test_ctrl_c_right_after_the_draft_was_told_tells_it_nothing_twice(targets, monkeypatch):
+    target = targets(FAMILIES[0], "4bit", CPU, (0, 3))
+    engine = cheating(target, truth_of(target, PROMPT, 30), PROMPT)
+    engine.prefill(PROMPT)
+    engine.step(Fixed(6))
+    assert engine.draft is not None
+    extend = engine.draft.extend
+
+    def interrupted(taps):
+        extend(taps)
+        signal.raise_signal(signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine.draft, "extend", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            engine.step(Fixed(6))
+    assert engine.draft.length + engine._untold_rows() == target.length
+    engine.step(Fixed(6))
 
 
 @each_exact_backend
