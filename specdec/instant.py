@@ -27,5 +27,5 @@ class Instant:
     def hurry(self, load: Load) -> None:
         raise AssertionError("nothing is ever under way")
 
-    def drop(self, load: Load, begun: bool = True) -> None:
+    def drop(self, load: Load) -> None:
         raise AssertionError("nothing is ever under way")
