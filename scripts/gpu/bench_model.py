@@ -263,12 +263,14 @@ def tell(figures: dict[str, Any]) -> None:
         print(f"BAR decoding against mlx-lm: {ratio:.2f}, at least 3: {_verdict(ratio >= 3)}")
     one = figures["verify"].get(1, {}).get("chain", {}).get("ms")
     for n, most in ((7, 1.35), (16, 1.8)):
-        if one and n in figures["verify"]:
-            for name, f in figures["verify"][n].items():
-                ratio = f["ms"] / one
-                print(
-                    f"BAR {n} rows, {name}: {ratio:.2f}, at most {most}: {_verdict(ratio <= most)}"
-                )
+        for name, f in figures["verify"].get(n, {}).items():
+            # decoding begins its next pass early, so its step is shorter than a pass by itself
+            ratio = f["ms"] / plain["ms"]
+            alone = f"{f['ms'] / one:.2f} of one row's pass, " if one else ""
+            print(
+                f"BAR {n} rows, {name}: {alone}{ratio:.2f} of a step of decoding, at most {most}: "
+                f"{_verdict(ratio <= most)}"
+            )
     for words in figures["refused"]:
         print(f"REFUSED {words}")
 
