@@ -12,6 +12,7 @@ import tempfile
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
+from uuid import uuid4
 
 
 def included(text: str) -> str:
@@ -20,14 +21,17 @@ def included(text: str) -> str:
     folder = _folder()
     if folder is None:
         return text
-    file = folder / f"specdec-{hashlib.sha256(text.encode()).hexdigest()[:32]}.h"
+    data = text.encode()
+    file = folder / f"specdec-{hashlib.sha256(data).hexdigest()[:32]}.h"
     try:
-        if not (file.is_file() and file.read_text() == text):
-            part = file.with_suffix(f".{os.getpid()}")
-            part.write_text(text)
+        if not (file.is_file() and file.read_bytes() == data):
+            folder.mkdir(parents=True, exist_ok=True)
+            # not by the process's number: containers that share the folder have the same
+            part = file.with_suffix(f".{uuid4().hex}")
+            part.write_bytes(data)
             os.replace(part, file)
     except OSError as why:
-        _say(str(why))
+        _say(folder, why.strerror)
         return text
     return f'#include "{file}"\n'
 
@@ -42,11 +46,14 @@ def _folder() -> Path | None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as why:
-        _say(str(why))
+        _say(folder, why.strerror)
         return None
     return folder
 
 
 @cache
-def _say(why: str) -> None:
-    print(f"kernel texts cannot be kept as files ({why}): launches begin slower", file=sys.stderr)
+def _say(folder: Path, why: str | None) -> None:
+    print(
+        f"kernel texts cannot be kept as files in {folder} ({why}): launches begin slower",
+        file=sys.stderr,
+    )

@@ -112,13 +112,24 @@ class MetalKernel:
         # MLX looks for these words to know what the body asks for
         asked = [f"{i}_{of}" for i in self.inputs for of in ("shape", "strides", "ndim")]
         asked = [word for word in asked if word in self.body]
+        header, body = self.included()
         return mx.fast.cuda_kernel(
             name=self.name,
             input_names=self.inputs,
             output_names=self.outputs,
-            source=f"{included(self.body)}// {' '.join(asked)}\n",
-            header=included(self.header("cuda")),
+            source=f"{body}// {' '.join(asked)}\n",
+            header=header,
         )
+
+    def included(self) -> tuple[str, str]:
+        """What stands for header and body on CUDA. MLX may compile at the first launch of any kind:
+        then the files are to be there, also where old files of the folder are swept away."""
+        header, body = self._on_cuda
+        return included(header), included(body)
+
+    @cached_property
+    def _on_cuda(self) -> tuple[str, str]:
+        return self.header("cuda"), self.body
 
     @cached_property
     def on_gpu(self) -> Any:
@@ -148,6 +159,8 @@ class Launch:
 
     @cached_property
     def _options(self) -> dict[str, Any]:
+        if mx.cuda.is_available():
+            self.kernel.included()
         return {
             "output_shapes": list(self.output_shapes),
             "output_dtypes": list(self.output_dtypes),

@@ -3,6 +3,8 @@
 import re
 import shutil
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import mlx.core as mx
@@ -45,6 +47,53 @@ def test_where_no_file_can_be_written_the_text_stands_for_itself(folder, capsys)
     folder.write_text("no folder")
     assert [included("int a;\n"), included("int b;\n")] == ["int a;\n", "int b;\n"]
     assert capsys.readouterr().err.count("cannot be kept as files") == 1
+
+
+def test_what_cannot_be_written_is_said_once(folder, capsys, monkeypatch):
+    def full(file, data):
+        raise OSError(28, "No space left on device", str(file))
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    assert [included("int a;\n"), included("int b;\n")] == ["int a;\n", "int b;\n"]
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert str(folder) in said
+    assert "No space left" in said
+
+
+def test_processes_of_one_number_do_not_meet(folder, capsys):
+    """They may have one in containers that share the folder; here they are threads."""
+    texts = [f"int a{i};\n" * 400 for i in range(40)]
+
+    def write(_):
+        return [included(text) for text in texts]
+
+    with ThreadPoolExecutor(4) as threads:
+        written = list(threads.map(write, range(4)))
+    assert written[1:] == written[:-1]
+    assert [file_of(include).read_text() for include in written[0]] == texts
+    assert sorted(folder.iterdir()) == sorted(file_of(include) for include in written[0])
+    assert capsys.readouterr().err == ""
+
+
+def test_files_come_back(folder, monkeypatch):
+    file = file_of(included("int a;\n"))
+    file.write_bytes(b"\xff\xfe")  # no text at all
+    included("int a;\n")
+    assert file.read_text() == "int a;\n"
+
+    # swept away between launches of two kinds
+    monkeypatch.setattr(mx.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(mx.fast, "cuda_kernel", lambda **named: lambda **more: [])
+    kernel, left = replace(TOP), []
+    for width in (3, 4):
+        template: Template = {"T": mx.float32, "WIDTH": width, "VALUES": 8, "VERDICT": False}
+        launch = kernel.launch([(1, 9)], [mx.int32], (32, 1, 1), (32, 1, 1), template)
+        launch(mx.zeros((1, 20)))
+        left.append({file.name: file.read_text() for file in folder.iterdir()})
+        shutil.rmtree(folder)
+    assert len(left[0]) == 3
+    assert left[1].items() < left[0].items()
 
 
 def test_a_folder_that_no_include_can_name(monkeypatch, tmp_path, folder):
