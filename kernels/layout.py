@@ -121,4 +121,5 @@ class TreeLayout:
 
 @lru_cache(maxsize=LAYOUTS)
 def _of(parents: bytes) -> TreeLayout:
-    return TreeLayout(np.frombuffer(parents, np.int32))
+    # a copy: Numba compiles other code for arrays that cannot be written to, as the bytes
+    return TreeLayout(np.frombuffer(parents, np.int32).copy())

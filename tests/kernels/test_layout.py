@@ -1,11 +1,14 @@
 """TreeLayout against walking up the parents one by one."""
 
+import importlib
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from specdec.kernels.layout import TreeLayout
+from tests.backends import needs_numba
 from tests.trees import path_to, trees
 
 
@@ -75,3 +78,12 @@ def test_trees_of_one_shape_share_a_layout():
     assert TreeLayout.of(np.array([-1, 0, 1, 1])) is not layout
     with pytest.raises(AssertionError):
         TreeLayout.of(np.array([-1, 2, 0]))
+
+
+@needs_numba
+def test_numba_compiles_one_code_for_all_layouts():
+    """Prompts make a chain, trees ask for a shared layout: a row's bits come from the same code."""
+    typeof = importlib.import_module("numba").typeof
+    shared, chain = TreeLayout.of(np.array([-1, 0, 0])), TreeLayout.chain(3)
+    for name in ("parents", "paths", "depths"):
+        assert typeof(getattr(shared, name)) == typeof(getattr(chain, name))
