@@ -1,4 +1,4 @@
-"""Tapped rows on a GPU: gathered and put side by side by one launch."""
+"""Tapped rows on a GPU: gathered and put side by side, by one launch for up to 8 parts."""
 
 from collections.abc import Sequence
 from functools import cache
@@ -20,6 +20,9 @@ TAPPED = MetalKernel(
 
 def tapped_rows(parts: Sequence[mx.array], rows: mx.array) -> mx.array:
     first, count = parts[0], len(parts)
+    if count > MOST:
+        runs = [tapped_rows(parts[at : at + MOST], rows) for at in range(0, count, MOST)]
+        return mx.concatenate(runs, axis=-1)
     launch = _launch(count, first.shape[1], first.dtype, rows.shape[0])
     (out,) = launch(rows, *parts, *[first] * (MOST - count))
     return out
@@ -27,8 +30,6 @@ def tapped_rows(parts: Sequence[mx.array], rows: mx.array) -> mx.array:
 
 @cache
 def _launch(parts: int, width: int, dtype: mx.Dtype, rows: int) -> Launch:
-    if not 1 <= parts <= MOST:
-        raise Unsupported(f"kernel tapped: {parts} parts, expected 1 to {MOST}")
     if dtype not in FLOATS or not 1 <= rows <= MAX_ROWS:
         raise Unsupported(f"kernel tapped: {rows} rows of {dtype}, expected 1 to {MAX_ROWS} floats")
     return TAPPED.launch(
