@@ -205,4 +205,5 @@ def test_kernels_compile_for_cuda(bits, group, rows, tmp_path):
         words_of = done.stderr.split()
         registers = int(words_of[words_of.index("registers,") - 1])
         print(launch.kernel.name, bits, rows, registers, launch.threadgroup[0])
-        assert -(-registers // 8) * 8 * launch.threadgroup[0] <= 65536
+        spare = 8  # for other compilers, which drivers bring along
+        assert (-(-registers // 8) * 8 + spare) * launch.threadgroup[0] <= 65536
