@@ -10,6 +10,7 @@
 // is worth OFFSET + code, of codes of 8 bits each half is one of its own. A group's sum is
 //   scale * (sum (OFFSET + code) x - OFFSET sum x) + bias sum x
 // and `sum x` comes from a product with ones, so that what is subtracted is what was added.
+// Inf in x gives NaN, and so does a group of which 2176 sum |x| (16 x, of 8 bits) overflows float.
 //
 //   tile_dots<T, BITS, GROUP, TILES, ROW_TILES, UNROLL, NORM>(
 //       data, scales, biases, features, x, rows, in, norm, from, to, lane, sums, squares);
