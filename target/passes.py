@@ -68,9 +68,12 @@ class Pass(ABC):
         scale: float,
         gate: Piece | None,
     ) -> Array:
-        self.state.stage(index, keys, values)
+        self._stage(index, keys, values)
         buffers = self.state.keys[index], self.state.values[index]
         return self._attention(queries, *buffers, scale, gate)
+
+    def _stage(self, index: int, keys: Array, values: Array) -> None:
+        self.state.stage(index, keys, values)
 
     @abstractmethod
     def _attention(
@@ -136,18 +139,10 @@ class TreePass(Pass):
     def again(self) -> "TreePass":
         return TreePass(self.state, self._rope, self.tree)
 
-    def attend(
-        self,
-        index: int,
-        queries: Array,
-        keys: Array,
-        values: Array,
-        scale: float,
-        gate: Piece | None,
-    ) -> Array:
+    def _stage(self, index: int, keys: Array, values: Array) -> None:
+        super()._stage(index, keys, values)
         if self.tree.rows > 1:
             self._staged[index] = keys, values
-        return super().attend(index, queries, keys, values, scale, gate)
 
     def _attention(
         self, queries: Array, keys: Array, values: Array, scale: float, gate: Piece | None
