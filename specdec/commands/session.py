@@ -38,7 +38,7 @@ def settings(
         budget=budget,
         prompt=prompt,
         kernels=options.get("kernels"),
-        threads=options["threads"],
+        threads=options.get("threads"),
         cache_tolerance=options.get("cache_tolerance") or 0.0,
         timing=options.get("timing", False),
         streaming=Streaming(
