@@ -5,7 +5,6 @@ until it is dismissed.
 """
 
 import sys
-import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,7 +16,6 @@ from specdec.kernels.cpu.decode import address
 from specdec.kernels.cpu.jit import intrinsic, jit
 from specdec.kernels.cpu.words import (
     add,
-    clock,
     get_cores,
     load,
     lock,
@@ -40,7 +38,6 @@ _DONE, _FAILED = 128, 136  # parts that helpers are done with; whether one of th
 _BUSY, _ASLEEP, _CLOSED = 256, 264, 272
 _CORE = 280  # where the last caller ran
 _REST, _LONG = 288, 296  # calls until helpers are asked again; how many the next time
-_TIME = 304  # seconds and nanoseconds, of the caller
 _MUTEX, _CONDITION = 384, 512
 LINE = 128
 _SHARES = 640  # of every thread a line: its share of the parts, which are consecutive ones
@@ -50,9 +47,8 @@ _LEFT, _END, _FIRST, _THREADS = 0, 8, 16, 24
 _PAUSES = 64  # between two looks at what others want of the core
 _ROUNDS = 1000  # of so many pauses a helper waits before it sleeps
 _STAYS = 2000  # such looks before a helper that left its caller's core may have to do so again
-_PATIENCE = 1 << 12  # pauses that a caller waits for a part: longer than most take
+_PATIENCE = 1 << 12  # pauses that a caller waits for a part: far longer than any takes
 _ALONE, _MOST_ALONE = 1 << 9, 1 << 17  # calls that are not shared after that
-_CLOCK = int(time.CLOCK_MONOTONIC)
 _CORES = 16  # words of a set of cores
 _PLACED = sys.platform == "linux"  # whether threads know their core, and may choose it
 _INDEX, _DATA_POINTER = ir.IntType(64), ir.IntType(8).as_pointer()
@@ -176,13 +172,6 @@ def take(own):  # type: ignore[no-untyped-def]
 
 
 @jit
-def _now(team):  # type: ignore[no-untyped-def]
-    """The caller's clock, in nanoseconds."""
-    clock(_CLOCK, team + _TIME)
-    return load(team + _TIME) * 10**9 + load(team + _TIME + 8)
-
-
-@jit
 def _alone(task, data, parts, own):  # type: ignore[no-untyped-def]
     swap(own + _END, parts)
     swap(own + _THREADS, 0)
@@ -218,7 +207,6 @@ def run(team, task, data, parts, own):  # type: ignore[no-untyped-def]
         wake_all(team + _CONDITION)
         unlock(team + _MUTEX)
     done, failed = 0, False
-    began = _now(team)
     part = take(first)
     if part >= 0:
         done = _call(task, data, first, part)
@@ -226,21 +214,15 @@ def run(team, task, data, parts, own):  # type: ignore[no-untyped-def]
             failed, done = True, 1
             while take(first) >= 0:
                 done += 1
-    pauses, ended = 0, began
+    pauses = 0
     while load(team + _DONE) < parts - done:
-        if pauses == 0:
-            ended = _now(team)
         pause()
         pauses += 1
         if pauses > _PATIENCE:
             yield_core()
-    # Whoever is waited for until alone the caller had been done has lost its core to something
-    # else, and would again.
+    # Whoever is waited for so long has lost its core to something else, and would again.
     alone = max(load(team + _LONG), _ALONE)
-    late = pauses > _PATIENCE
-    if late:
-        late = (_now(team) - ended) * max(done, 1) > (ended - began) * (parts - done)
-    if late:
+    if pauses > _PATIENCE:
         swap(team + _REST, alone)
         swap(team + _LONG, min(4 * alone, _MOST_ALONE))
     elif alone > _ALONE:

@@ -90,7 +90,6 @@ make_mutex = _system("pthread_mutex_init", "p", nulls=1)
 lock, unlock = _system("pthread_mutex_lock", "p"), _system("pthread_mutex_unlock", "p")
 make_condition = _system("pthread_cond_init", "p", nulls=1)
 wait, wake_all = _system("pthread_cond_wait", "pp"), _system("pthread_cond_broadcast", "p")
-clock = _system("clock_gettime", "ip")  # seconds and nanoseconds, to where the address says
 # Of Linux alone: a thread's core, and those it may use, as a set of bits (0: the calling thread).
 this_core = _system("sched_getcpu")
 get_cores, set_cores = _system("sched_getaffinity", "inp"), _system("sched_setaffinity", "inp")

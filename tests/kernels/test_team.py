@@ -178,51 +178,6 @@ def test_a_task_that_fails_is_an_error_and_the_team_goes_on(count):
         assert filled.tolist() == list(range(50))
 
 
-@pytest.mark.parametrize(("own", "longer", "shared"), [(64, 4, True), (0, 400, False)])
-def test_what_a_wait_for_a_part_says_of_the_helper(own, longer, shared):
-    """It lost its core if alone the caller had been done by then; long parts take long."""
-    from numba import njit
-
-    from specdec.kernels.cpu.helpers import _PATIENCE, _REST
-    from specdec.kernels.cpu.team import TEAM, share, take
-    from specdec.kernels.cpu.words import load, pause, swap, yield_core
-
-    @njit
-    def task(left, part, place, own, longer):
-        done = 0
-        while part >= 0:
-            # Each waits for the other's word: part 0 that 1 has begun, part 1 that 0 is done with.
-            if part == 1:
-                swap(place, 1)
-            for _ in range(10**6):
-                if load(place + 8 * part) != 0:
-                    break
-                pause()
-                yield_core()
-            for _ in range(longer if part == 1 else own):
-                pause()
-            if part == 0:
-                swap(place + 8, 1)
-            part = take(left)
-            done += 1
-        return done
-
-    @njit
-    def both(team, place, own, longer):
-        swap(team + _REST, 0)
-        share(team, 2, task, (place, own, longer))
-        return load(team + _REST)
-
-    use_threads(2)
-    both(TEAM.place, np.ones(2, np.int64).ctypes.data, 0, 0)  # compile
-    both(TEAM.place, np.zeros(2, np.int64).ctypes.data, 0, 0)  # wait for the helper
-    rests = []
-    for _ in range(5):  # a machine may take a core at the wrong time
-        words = np.zeros(2, np.int64)
-        rests.append(both(TEAM.place, words.ctypes.data, own * _PATIENCE, longer * _PATIENCE))
-    assert (rests.count(0) > 2) == shared, rests
-
-
 def test_two_callers_at_a_time():
     rng = np.random.default_rng(3)
     weight = some_weight(rng, 900, 256, packing=(4, 64))[0].on(CPU)
