@@ -14,6 +14,7 @@ import numpy as np
 
 from specdec.draft.config import DraftConfig
 from specdec.kernels.array import Array, Backend, concatenate
+from specdec.kernels.written import Written
 
 STEP = 256  # rows by which buffers grow
 
@@ -44,6 +45,7 @@ class ContextCache:
         self._block, self._window, self._backend = block, window, backend
         self.rows = backend.zeros((2, kv_heads, 0, head_dim))
         """Keys and values [2, kv_heads, capacity, head_dim]."""
+        self.written = Written(backend.dtype)
         self.start = self.end = 0
 
     def rows_to_keep(self, count: int) -> int:
@@ -95,6 +97,7 @@ class ContextCache:
         self._reserve(0, self._window - 1)
 
     def _write(self, keys: Array, values: Array) -> None:
+        self.written.settle()
         at = self.end - self.start
         self.rows[0, :, at : at + keys.shape[1]] = keys
         self.rows[1, :, at : at + keys.shape[1]] = values
@@ -104,6 +107,7 @@ class ContextCache:
         rows = self.end - self.start
         if rows + count + 2 * self._block <= self.rows.shape[2]:
             return
+        self.written.settle()
         keep = min(rows, keep) if self._window else rows
         size = capacity(self.end + count, self._block, self._window)
         heads, _, dim = self.rows.shape[1:]

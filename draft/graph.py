@@ -17,7 +17,7 @@ from specdec.draft.cache import ContextCache
 from specdec.draft.config import DraftConfig
 from specdec.draft.weights import DraftWeights
 from specdec.kernels.array import start
-from specdec.kernels.attention import AttentionShape
+from specdec.kernels.attention_inputs import AttentionShape
 from specdec.kernels.block_attention import block_inputs, seen_attention
 from specdec.kernels.gpu.graphs import Graphs
 from specdec.kernels.linear import embed, linear
@@ -29,8 +29,6 @@ from specdec.kernels.walked import walked
 from specdec.kernels.weight import Weight
 
 STEP = 512  # places by which a graph's reach grows: each is a graph
-
-
 NOWHERE = -(2**30)  # a place before all others
 
 
@@ -127,7 +125,7 @@ class DraftGraph:
         kind = width, slots, *reached, buffers, shapes, told.parts[0].dtype, walk is not None
         graph = self._graphs.of(kind, partial(self._body, width, slots, reached))
         cos, sin = self._rope.run(length, 2 * block)
-        found, rows = graph(
+        found, rows, written = graph(
             {
                 "told": list(told.parts),
                 "numbers": mx.array(numbers),
@@ -135,16 +133,19 @@ class DraftGraph:
                 "cos": cos,
                 "sin": sin,
                 "rows": [cache.rows for cache in caches],
+                "order": [cache.written.order for cache in caches],
             }
         )
-        for cache, filled in zip(caches, rows, strict=True):
+        for cache, filled, done in zip(caches, rows, written, strict=True):
             cache.rows = filled
+            if done is not None:
+                cache.written.by(done)
         start(found, *rows)
         return found
 
     def _body(
         self, width: int, slots: int, reached: Sequence[int], given: dict[str, Any]
-    ) -> tuple[mx.array, list[mx.array]]:
+    ) -> tuple[mx.array, list[mx.array], list[mx.array | None]]:
         config, weights, numbers = self._config, self._weights, given["numbers"]
         block, layers = config.block_size, config.num_layers
         for verdict in given["verdict"]:
@@ -162,23 +163,27 @@ class DraftGraph:
         ]
         # Not normalized again by a layer's input norm, unlike the block's rows.
         context = linear(told.astype(self._dtype), weights.fc)
-        kept = []
+        kept, written = [], []
         for i, layer in enumerate(weights.layers):
             before, after = self._norms[i]
             q, k, v = layer.qkv(x, before)
             told_k, told_v = layer.told(context, self._context_norm)
-            queries, new = block_inputs(
+            queries, rows, done = block_inputs(
                 (q, k, v),
                 (told_k, told_v),
                 numbers[:1],
                 self._shapes[i],
                 given["cos"],
                 given["sin"],
+                given["rows"][i],
+                places[i],
+                given["order"][i],
             )
-            kept.append(mx.slice_update(given["rows"][i], new, places[i], axes=(2,)))
+            kept.append(rows)
+            written.append(done)
             scale = config.head_dim**-0.5
-            attended = seen_attention(queries, kept[i], seen[i], reached[i], scale)
+            attended = seen_attention(queries, rows, seen[i], reached[i], scale)
             x = linear(attended, layer.o, residual=x)
             gate, up = layer.gate_up(x, after)
             x = linear(swiglu(gate.values, up.values), layer.down, residual=x)
-        return top_tokens(self._logits(x[1 : 1 + slots]), width), kept
+        return top_tokens(self._logits(x[1 : 1 + slots]), width), kept, written

@@ -27,7 +27,7 @@ from specdec.draft.graph import DraftGraph, Walk
 from specdec.draft.weights import DraftWeights, LayerWeights
 from specdec.errors import NonFiniteError
 from specdec.kernels.array import Array, Backend, finite_rows, is_numpy, start
-from specdec.kernels.attention import AttentionShape, attention_inputs
+from specdec.kernels.attention_inputs import AttentionShape, attention_inputs
 from specdec.kernels.block_attention import block_attention
 from specdec.kernels.gpu.limits import MAX_ROWS
 from specdec.kernels.linear import embed, linear

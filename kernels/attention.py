@@ -17,26 +17,9 @@ from specdec.kernels.array import Array
 from specdec.kernels.executor import operation
 from specdec.kernels.layout import TreeLayout
 from specdec.kernels.linear import Piece
-from specdec.kernels.norm import Norm, sigmoid_gate
-from specdec.kernels.rope import rotate
+from specdec.kernels.norm import sigmoid_gate
 
 BLOCK = 64
-
-
-@dataclass(frozen=True, eq=False)
-class AttentionShape:
-    """What the projections of a layer hold.
-
-    Queries [rows, heads, dim], or with `gated` [rows, heads, 2 * dim]: for each head its query,
-    then the gate of its output; keys and values [rows, kv_heads, dim].
-    """
-
-    heads: int
-    kv_heads: int
-    dim: int
-    gated: bool
-    q_norm: Norm
-    k_norm: Norm
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,24 +57,6 @@ class AttentionLayout:
         tail[:, :partial] = np.arange(partial)
         tail[:, partial : partial + own] = np.where(paths >= 0, partial + paths, none)
         return mx.array(tail), mx.array(tail == none)
-
-
-@operation("few rows")
-def attention_inputs(
-    queries: Piece, keys: Piece, values: Piece, shape: AttentionShape, cos: Array, sin: Array
-) -> tuple[Array, Array, Array]:
-    """Queries [heads, rows, dim] and keys [kv_heads, rows, dim], normalized and rotated; values.
-
-    cos, sin float32 [rows, half] turn the first 2 * half dimensions (see kernels.rope).
-    """
-    rows, dim = cos.shape[0], shape.dim
-    q = queries.values.reshape(rows, shape.heads, -1)[..., :dim]
-    k, v = (piece.values.reshape(rows, shape.kv_heads, dim) for piece in (keys, values))
-    q, k = (
-        rotate(norm(x).swapaxes(0, 1), cos, sin)
-        for norm, x in ((shape.q_norm, q), (shape.k_norm, k))
-    )
-    return q, k, v.swapaxes(0, 1)
 
 
 @operation()

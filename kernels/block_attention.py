@@ -8,7 +8,7 @@ import mlx.core as mx
 import numpy as np
 
 from specdec.kernels.array import Array, OnCpu, is_numpy
-from specdec.kernels.attention import AttentionShape
+from specdec.kernels.attention_inputs import AttentionShape
 from specdec.kernels.executor import operation
 from specdec.kernels.linear import Piece
 from specdec.kernels.rope import rotate
@@ -48,14 +48,20 @@ def block_inputs(
     shape: AttentionShape,
     cos: mx.array,
     sin: mx.array,
-) -> tuple[mx.array, mx.array]:
+    kept: mx.array,
+    place: mx.array,
+    order: mx.array,
+) -> tuple[mx.array, mx.array, mx.array | None]:
     """What a layer makes of a block and of the rows told before it, as one graph for any number.
 
     block: queries, keys and values of its rows; told: keys and values of as many rows, of which
     the first count[0] count (int32). cos, sin float32 [2 * block or more, half]: of the first told
-    row's position and those that follow. Returns queries [heads, block, dim], normalized and
-    rotated, and keys, likewise, and values [2, kv_heads, 2 * block, dim]: of the told rows that
-    count, then of the block, then zeros.
+    row's position and those that follow. kept [2, kv_heads, capacity, dim]: keys and values, into
+    which those of the told rows that count, then of the block, then zeros are written from place[0]
+    (int32) on, 2 * block in all; order: see kernels.written.
+
+    Returns queries [heads, block, dim], normalized and rotated, as keys are; the buffer; and, of a
+    kernel that wrote in place, what is to be `order` for the next.
     """
     rows, dim, real = block[0].rows.shape[0], shape.dim, count[:1]
     behind = mx.arange(rows) + real
@@ -67,10 +73,11 @@ def block_inputs(
         for pieces in ((told[0], block[1]), (told[1], block[2]))
     )
     keys = [rotate(shape.k_norm(k), *turn) for k, turn in zip(keys, turns, strict=True)]
-    place = mx.arange(2 * rows)
-    source = mx.where(place < real, place, mx.minimum(rows + place - real, 2 * rows - 1))
-    kept = mx.stack([mx.concatenate(keys, axis=1), mx.concatenate(values, axis=1)])[:, :, source]
-    return q, mx.where((place < real + rows)[:, None], kept, mx.zeros((), kept.dtype))
+    at = mx.arange(2 * rows)
+    source = mx.where(at < real, at, mx.minimum(rows + at - real, 2 * rows - 1))
+    new = mx.stack([mx.concatenate(keys, axis=1), mx.concatenate(values, axis=1)])[:, :, source]
+    new = mx.where((at < real + rows)[:, None], new, mx.zeros((), new.dtype))
+    return q, mx.slice_update(kept, new, place[:1], axes=(2,)), None
 
 
 @operation()

@@ -1,7 +1,7 @@
 """Attention: a full-attention layer with grouped heads, q/k norms, partial rotary, output gate."""
 
 from specdec.kernels.array import Array
-from specdec.kernels.attention import AttentionShape, attention_inputs
+from specdec.kernels.attention_inputs import AttentionShape
 from specdec.kernels.linear import Projections, linear
 from specdec.kernels.norm import Norm
 from specdec.target.config import TargetConfig
@@ -28,7 +28,6 @@ class Attention:
     def __call__(self, x: Array, this: Pass) -> Array:
         """x [rows, hidden] plus its attention."""
         queries, keys, values = self.qkv(x, self.norm)
-        inputs = attention_inputs(queries, keys, values, self.shape, *this.turn(x))
         gate = queries if self.shape.gated else None
-        out = this.attend(self.index, *inputs, self.shape.dim**-0.5, gate)
+        out = this.attend(self.index, (queries, keys, values), self.shape, this.turn(x), gate)
         return linear(out, self.out, residual=x)

@@ -2,8 +2,9 @@
 
 Passes over as many rows are one graph, whatever their trees and paths: which rows stand directly
 behind the committed ones from now on goes in as an array, and so does the path that is replayed.
-The rows are taken from what was staged, not from the buffers: MLX writes in place only into a
-buffer that nobody reads at the same time, and would copy all of it.
+The rows are moved by a kernel where kernels write in place. Elsewhere they are taken from what was
+staged, not from the buffers: MLX writes in place only into a buffer that nobody reads at the same
+time, and would copy all of it.
 """
 
 from typing import Any
@@ -15,6 +16,7 @@ from specdec.kernels.array import Array, start
 from specdec.kernels.gated_delta import Tape, replay
 from specdec.kernels.gpu.gated_delta import padded
 from specdec.kernels.gpu.graphs import Graphs
+from specdec.kernels.gpu.kept_rows import kept_rows
 from specdec.kernels.gpu.limits import MAX_ROWS, refused
 from specdec.target.passes import TreePass
 
@@ -34,43 +36,57 @@ class CommitGraph(Graphs):
         places = [*path, *range(len(path), rows)]
         numbers = np.concatenate([padded(path), places, [state.length]]).astype(np.int32)
         capacity = state.keys[0].shape[1] if state.keys else 0
-        graph = self.of((rows, moves, capacity), _moved if moves else _replayed)
+        staged = [list(part) for part in zip(*this.staged, strict=True)] if moves else []
+        moved = _replayed if not moves else _moved if staged else _moved_in_place
+        graph = self.of((rows, moves, capacity, bool(staged)), moved)
         found = graph(
             {
                 "numbers": mx.array(numbers),
                 "keys": state.keys if moves else [],
                 "values": state.values if moves else [],
-                "staged": [list(part) for part in zip(*this.staged, strict=True)] if moves else [],
+                "staged": staged,
+                "order": state.written.order,
                 "conv": state.conv,
                 "recurrent": state.recurrent,
                 "tapes": [tape.rows for tape in this.tapes],
             }
         )
-        conv, recurrent, keys, values = found
-        if moves:  # now: whoever holds what was there before keeps MLX from writing in place
+        conv, recurrent, keys, values, done = found
+        if staged:  # now: whoever holds what was there before keeps MLX from writing in place
             state.keys[:], state.values[:] = keys, values
-        start(*keys, *values, *conv, *recurrent)
+        for last in done:
+            state.written.by(last)
+        start(*keys, *values, *done, *conv, *recurrent)
         state.advance(len(path), conv, recurrent)
 
 
 def _replayed(given: dict[str, Any]) -> tuple[list[Array], ...]:
-    """Convolution rows, recurrent states, keys and values."""
+    """Convolution rows, recurrent states; keys and values that are new arrays; what was written in
+    place last, if anything was."""
     conv, recurrent = given["conv"], given["recurrent"]
     if given["tapes"]:
         tapes = [Tape(tuple(rows), None) for rows in given["tapes"]]
         conv, recurrent = replay(conv, recurrent, tapes, given["numbers"][: MAX_ROWS + 1])
-    return conv, recurrent, given["keys"], given["values"]
+    return conv, recurrent, [], [], []
 
 
 def _moved(given: dict[str, Any]) -> tuple[list[Array], ...]:
-    conv, recurrent, keys, values = _replayed(given)
+    conv, recurrent, *_ = _replayed(given)
     places, first = given["numbers"][MAX_ROWS + 1 : -1], given["numbers"][-1:]
-    if given["staged"]:
-        keys, values = (
-            [
-                mx.slice_update(one, mx.take(new, places, axis=1), first, axes=(1,))
-                for one, new in zip(buffers, staged, strict=True)
-            ]
-            for buffers, staged in zip((keys, values), given["staged"], strict=True)
-        )
-    return conv, recurrent, keys, values
+    keys, values = (
+        [
+            mx.slice_update(one, mx.take(new, places, axis=1), first, axes=(1,))
+            for one, new in zip(buffers, staged, strict=True)
+        ]
+        for buffers, staged in zip((given["keys"], given["values"]), given["staged"], strict=True)
+    )
+    return conv, recurrent, keys, values, []
+
+
+def _moved_in_place(given: dict[str, Any]) -> tuple[list[Array], ...]:
+    conv, recurrent, *_ = _replayed(given)
+    numbers = given["numbers"]
+    if not given["keys"]:
+        return conv, recurrent, [], [], []
+    done = kept_rows(given["keys"], given["values"], numbers, numbers[-1:], given["order"])
+    return conv, recurrent, [], [], [done]

@@ -14,6 +14,7 @@ import numpy as np
 
 from specdec.kernels.array import Array, evaluate, start
 from specdec.kernels.attention import AttentionLayout, prefill_attention, tree_attention
+from specdec.kernels.attention_inputs import AttentionShape
 from specdec.kernels.gated_delta import (
     DeltaInputs,
     DeltaWeights,
@@ -24,7 +25,7 @@ from specdec.kernels.gated_delta import (
 )
 from specdec.kernels.layout import TreeLayout
 from specdec.kernels.linear import Piece
-from specdec.target.state import State
+from specdec.target.state import Projected, State
 
 # experts by MoE layer, the rows and the last of each tape by gated delta layer, and what was staged
 # by full-attention layer
@@ -62,18 +63,20 @@ class Pass(ABC):
     def attend(
         self,
         index: int,
-        queries: Array,
-        keys: Array,
-        values: Array,
-        scale: float,
+        projected: Projected,
+        shape: AttentionShape,
+        turn: tuple[Array, Array],
         gate: Piece | None,
     ) -> Array:
-        self._stage(index, keys, values)
+        queries = self._stage(index, projected, shape, turn)
         buffers = self.state.keys[index], self.state.values[index]
-        return self._attention(queries, *buffers, scale, gate)
+        return self._attention(queries, *buffers, shape.dim**-0.5, gate)
 
-    def _stage(self, index: int, keys: Array, values: Array) -> None:
-        self.state.stage(index, keys, values)
+    def _stage(
+        self, index: int, projected: Projected, shape: AttentionShape, turn: tuple[Array, Array]
+    ) -> Array:
+        """The queries; keys and values are written behind the committed ones."""
+        return self.state.stage(index, projected, shape, turn)[0]
 
     @abstractmethod
     def _attention(
@@ -130,7 +133,8 @@ class TreePass(Pass):
         self.tree = tree
         self.layout = AttentionLayout(tree, state.length)
         self._tapes: dict[int, Tape] = {}
-        self._staged: dict[int, tuple[Array, Array]] = {}  # a lone root's is where it belongs
+        # But a lone root's is where it belongs, and so is what was written in place.
+        self._staged: dict[int, tuple[Array, Array]] = {}
 
     def turn_of_root(self) -> tuple[Array, Array]:
         """cos and sin of the root's position, on the device."""
@@ -139,10 +143,13 @@ class TreePass(Pass):
     def again(self) -> "TreePass":
         return TreePass(self.state, self._rope, self.tree)
 
-    def _stage(self, index: int, keys: Array, values: Array) -> None:
-        super()._stage(index, keys, values)
-        if self.tree.rows > 1:
-            self._staged[index] = keys, values
+    def _stage(
+        self, index: int, projected: Projected, shape: AttentionShape, turn: tuple[Array, Array]
+    ) -> Array:
+        queries, rows = self.state.stage(index, projected, shape, turn)
+        if rows is not None and self.tree.rows > 1:
+            self._staged[index] = rows
+        return queries
 
     def _attention(
         self, queries: Array, keys: Array, values: Array, scale: float, gate: Piece | None
@@ -190,8 +197,8 @@ class TreePass(Pass):
 
     @property
     def staged(self) -> list[tuple[Array, Array]]:
-        """Keys and values [kv_heads, rows, head_dim] of the full-attention layers in order; of a
-        lone root none."""
+        """Keys and values [kv_heads, rows, head_dim] of the full-attention layers in order; none of
+        a lone root, and where they were written in place alone."""
         return [self._staged[index] for index in sorted(self._staged)]
 
     @property

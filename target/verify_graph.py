@@ -11,17 +11,17 @@ from functools import partial
 from itertools import pairwise
 from typing import Any, NamedTuple
 
-import mlx.core as mx
 import numpy as np
 
 from specdec.kernels.array import Array, start
+from specdec.kernels.attention_inputs import AttentionShape, staged_inputs
 from specdec.kernels.gpu.graphs import Graphs
 from specdec.kernels.gpu.limits import MAX_ROWS, refused
 from specdec.kernels.gpu.prepared import Prepared, prepare
 from specdec.kernels.layout import TreeLayout
 from specdec.target.config import TargetConfig
 from specdec.target.passes import TreePass
-from specdec.target.state import State
+from specdec.target.state import Projected, State
 
 LAYERS = 10  # of a graph, about
 
@@ -82,6 +82,7 @@ class VerifyGraph(Graphs):
     def _run(self, part: _Part, made: Prepared, rows: list[Any], this: TreePass) -> list[Any]:
         """What the body returns for a part."""
         state, (span, full, linear) = this.state, part
+        written = state.written
         trace = partial(self._trace, span, this.tree.parents, state.length)
         kind = this.tree.rows, state.keys[0].shape[1] if state.keys else 0, span.start
         given = {
@@ -89,14 +90,17 @@ class VerifyGraph(Graphs):
             "turn": made.turn,
             "layout": this.layout.on_device,
             "tree": made.program,
+            "order": written.order,
             "keys": {at: state.keys[at] for at in full},
             "values": {at: state.values[at] for at in full},
             "conv": {at: state.conv[at] for at in linear},
             "recurrent": {at: state.recurrent[at] for at in linear},
         }
-        found, keys, values, results = self.of(kind, trace)(given)
-        for at in full:
-            state.keys[at], state.values[at] = keys[at], values[at]
+        found, buffers, done, results = self.of(kind, trace)(given)
+        for at, (keys, values) in buffers.items():
+            state.keys[at], state.values[at] = keys, values
+        for last in done:
+            written.by(last)
         this.take(results)
         return list(found)
 
@@ -110,7 +114,7 @@ class VerifyGraph(Graphs):
         this.tree.on_device.update(given["tree"])
         x, tapped = given["rows"]
         outputs = self._body(span, x, tapped, this)
-        return list(outputs), state.keys, state.values, this.results()
+        return list(outputs), state.filled, state.done, this.results()
 
 
 class _Turned:
@@ -127,18 +131,36 @@ class _Turned:
 
 
 class _Given(State):
-    """A state of placeholders, which stages behind a length that is one of them."""
+    """A state of placeholders, which stages behind a length that is one of them.
+
+    filled: buffers that are new arrays, by layer; done: of the last layer that wrote in place.
+    """
 
     def __init__(self, length: int, given: dict[str, Any]) -> None:
-        self.length, self._start = length, given["layout"]["paths"][0, 1:2]
+        self.length, self._tree = length, given["layout"]["paths"]
+        self._order = given["order"]
         keys: Any = dict(given["keys"])  # of some layers
         values: Any = dict(given["values"])
         self.keys, self.values = keys, values
         self.conv, self.recurrent = given["conv"], given["recurrent"]
+        self.filled: dict[int, tuple[Array, Array]] = {}
+        self.done: list[Array] = []
 
     def make_room(self, rows: int) -> None:
         pass  # there is
 
-    def stage(self, index: int, keys: Array, values: Array) -> None:
-        for buffers, new in ((self.keys, keys), (self.values, values)):
-            buffers[index] = mx.slice_update(buffers[index], new, self._start, axes=(1,))
+    def stage(
+        self,
+        index: int,
+        projected: Projected,
+        shape: AttentionShape,
+        turn: tuple[Array, Array],
+    ) -> tuple[Array, tuple[Array, Array] | None]:
+        buffers = self.keys[index], self.values[index]
+        staged = staged_inputs(*projected, shape, *turn, buffers, self._tree, self._order)
+        if staged.rows is None:
+            self._order = staged.done
+            self.done = [staged.done]
+        else:
+            self.keys[index], self.values[index] = self.filled[index] = staged.keys, staged.values
+        return staged.queries, staged.rows

@@ -1,4 +1,4 @@
-"""Attention of rows over committed keys and their own ancestors, and its inputs.
+"""Attention of rows over committed keys and their own ancestors.
 
 A row's scores are dot products (dots.py), and it adds values one by one in the order of positions,
 so neither the other rows nor the places of the keys change a bit. A prompt is a tree without
@@ -7,42 +7,18 @@ branches.
 
 import numpy as np
 
-from specdec.kernels.attention import AttentionLayout, AttentionShape
+from specdec.kernels.attention import AttentionLayout
 from specdec.kernels.cpu.decode import address, aligned
 from specdec.kernels.cpu.dots import STEP
 from specdec.kernels.cpu.exp import exp, sigmoid
 from specdec.kernels.cpu.jit import jit
-from specdec.kernels.cpu.norm import normalize
 from specdec.kernels.cpu.products import BITS, DATA, MOST, OUT, SIZE, STRIDE, multiply, products
-from specdec.kernels.cpu.rope import turn
 from specdec.kernels.cpu.team import TEAM, share, take
 from specdec.kernels.cpu.vectors import weigh
 from specdec.kernels.layout import TreeLayout
 from specdec.kernels.linear import Piece
 
 _NO_GATES = np.zeros((0, 0), np.float32)
-
-
-def attention_inputs(
-    queries: Piece,
-    keys: Piece,
-    values: Piece,
-    shape: AttentionShape,
-    cos: np.ndarray,
-    sin: np.ndarray,
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Queries [heads, rows, dim] and keys [kv_heads, rows, dim], normalized and rotated; values."""
-    rows, dim = len(cos), shape.dim
-    q = np.empty((shape.heads, rows, dim), np.float32)
-    k, v = (np.empty((shape.kv_heads, rows, dim), np.float32) for _ in range(2))
-    weights = shape.q_norm.weight, shape.k_norm.weight
-    apart = 2 * dim if shape.gated else dim
-    arrays = queries.rows, keys.rows, values.rows
-    starts = queries.start, keys.start, values.start
-    _inputs(
-        *arrays, *starts, apart, *weights, shape.q_norm.eps, shape.k_norm.eps, cos, sin, q, k, v
-    )
-    return q, k, v
 
 
 def tree_attention(
@@ -91,39 +67,6 @@ def prefill_attention(
     """The same of a prompt chunk after `length` tokens: a tree without branches."""
     layout = AttentionLayout(TreeLayout.chain(queries.shape[1]), length)
     return tree_attention(queries, keys, values, layout, scale, gate)
-
-
-@jit
-def _inputs(  # type: ignore[no-untyped-def]
-    queries,
-    keys,
-    values,
-    q_start,
-    k_start,
-    v_start,
-    apart,
-    q_norm,
-    k_norm,
-    q_eps,
-    k_eps,
-    cos,
-    sin,
-    q,
-    k,
-    v,
-):
-    dim = q.shape[2]
-    for row in range(q.shape[1]):
-        for head in range(q.shape[0]):
-            at = q_start + head * apart
-            normalize(queries[row, at : at + dim], q_norm, q_eps, q[head, row])
-            turn(q[head, row], cos[row], sin[row])
-        for head in range(k.shape[0]):
-            at = k_start + head * dim
-            normalize(keys[row, at : at + dim], k_norm, k_eps, k[head, row])
-            turn(k[head, row], cos[row], sin[row])
-            at = v_start + head * dim
-            v[head, row] = values[row, at : at + dim]
 
 
 @jit

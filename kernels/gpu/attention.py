@@ -11,35 +11,16 @@ from typing import NamedTuple
 import mlx.core as mx
 import numpy as np
 
-from specdec.kernels.attention import AttentionLayout, AttentionShape
+from specdec.kernels.attention import AttentionLayout
 from specdec.kernels.gpu.kernel import Launch, MetalKernel
-from specdec.kernels.gpu.limits import FLOATS, MAX_ROWS, Unsupported
+from specdec.kernels.gpu.limits import check_heads
 from specdec.kernels.gpu.resident import resident
 from specdec.kernels.linear import Piece
 
 POSITIONS = 128  # of a block; the kernels count on it
-MAX_DIM = 256
-MAX_GROUP = 16
 LONE_ROOTS = 1024  # of which the paths are kept on the device at a time
 ENOUGH = 192  # threadgroups keep a large GPU busy; beyond, heads rather share what is read
 
-INPUTS = MetalKernel(
-    "attention_inputs",
-    inputs=(
-        "q_rows",
-        "k_rows",
-        "v_rows",
-        "where",
-        "q_weight",
-        "k_weight",
-        "q_eps",
-        "k_eps",
-        "turn_cos",
-        "turn_sin",
-    ),
-    outputs=("queries", "keys", "values"),
-    template=("T", "DIM"),
-)
 BLOCKS = MetalKernel(
     "attention_blocks",
     inputs=("queries", "keys", "values", "scale", "tree"),
@@ -53,69 +34,6 @@ MERGE = MetalKernel(
     outputs=("out",),
     template=("T", "DIM", "GATED", "WINDOW"),
 )
-
-
-def attention_inputs(
-    queries: Piece,
-    keys: Piece,
-    values: Piece,
-    shape: AttentionShape,
-    cos: mx.array,
-    sin: mx.array,
-) -> tuple[mx.array, mx.array, mx.array]:
-    """Queries T [heads, rows, dim], keys and values T [kv_heads, rows, dim]."""
-    q_norm, k_norm = shape.q_norm, shape.k_norm
-    launch, where = _inputs(
-        (queries.rows.dtype, keys.rows.dtype, values.rows.dtype),
-        (q_norm.weight.dtype, k_norm.weight.dtype),
-        cos.shape,
-        shape.heads,
-        shape.kv_heads,
-        shape.dim,
-        shape.gated,
-        (queries.start, keys.start, values.start),
-    )
-    q, k, v = launch(
-        queries.rows,
-        keys.rows,
-        values.rows,
-        where,
-        q_norm.weight,
-        k_norm.weight,
-        q_norm.on_device,
-        k_norm.on_device,
-        cos,
-        sin,
-    )
-    return q, k, v
-
-
-@cache
-def _inputs(
-    pieces: tuple[mx.Dtype, ...],
-    weights: tuple[mx.Dtype, ...],
-    angles: tuple[int, int],
-    heads: int,
-    kv_heads: int,
-    dim: int,
-    gated: bool,
-    starts: tuple[int, int, int],
-) -> tuple[Launch, mx.array]:
-    """The launch, and where in the rows what stands."""
-    (rows, half), dtype = angles, pieces[0]
-    check_heads("attention_inputs", {*pieces, *weights}, rows, heads, kv_heads, dim)
-    if 2 * half > dim:
-        raise Unsupported(f"kernel attention_inputs: {half} pairs turn, expected at most {dim} / 2")
-    launch = INPUTS.launch(
-        [(heads, rows, dim), (kv_heads, rows, dim), (kv_heads, rows, dim)],
-        [dtype, dtype, dtype],
-        grid=(32, heads + 2 * kv_heads, rows),
-        threadgroup=(32, 1, 1),
-        template={"T": dtype, "DIM": dim},
-    )
-    q, k, v = starts
-    where = [q, k, v, 2 * dim if gated else dim, heads, kv_heads]
-    return launch, resident(where, mx.int32)
 
 
 def tree_attention(
@@ -263,22 +181,3 @@ def rounded(blocks: int) -> int:
     """At least `blocks` and at most a quarter more, so that few numbers occur: each is a launch."""
     step = max(1, 2 ** (blocks.bit_length() - 3))
     return -(-blocks // step) * step
-
-
-def check_heads(
-    kernel: str, dtypes: set[mx.Dtype], rows: int, heads: int, kv_heads: int, dim: int
-) -> None:
-    if len(dtypes) > 1 or not dtypes <= set(FLOATS):
-        found = ", ".join(sorted(map(str, dtypes)))
-        raise Unsupported(f"kernel {kernel}: {found}, expected one type of float for all")
-    if not 1 <= rows <= MAX_ROWS:
-        raise Unsupported(f"kernel {kernel}: {rows} rows, expected 1 to {MAX_ROWS}")
-    if dim % 32 or not 32 <= dim <= MAX_DIM:
-        raise Unsupported(
-            f"kernel {kernel}: head dim {dim}, expected a multiple of 32 up to {MAX_DIM}"
-        )
-    if heads % kv_heads or heads // kv_heads > MAX_GROUP:
-        raise Unsupported(
-            f"kernel {kernel}: {heads} heads, {kv_heads} of keys, "
-            f"expected groups of 1 to {MAX_GROUP}"
-        )

@@ -4,10 +4,11 @@ from functools import cache
 
 import mlx.core as mx
 
-from specdec.kernels.attention import AttentionShape
-from specdec.kernels.gpu.attention import POSITIONS, check_heads, rounded, window_attention
+from specdec.kernels.attention_inputs import AttentionShape
+from specdec.kernels.gpu.attention import POSITIONS, rounded, window_attention
+from specdec.kernels.gpu.in_place import in_place
 from specdec.kernels.gpu.kernel import Launch, MetalKernel
-from specdec.kernels.gpu.limits import Unsupported
+from specdec.kernels.gpu.limits import Unsupported, check_heads
 from specdec.kernels.gpu.resident import resident
 from specdec.kernels.linear import Piece
 
@@ -27,9 +28,14 @@ BLOCK_INPUTS = MetalKernel(
         "k_eps",
         "turn_cos",
         "turn_sin",
+        "kept",
+        "place",
+        "order",
     ),
     outputs=("queries", "rows"),
-    template=("T", "DIM"),
+    template=("T", "DIM", "STAGED"),
+    helpers=("turned.h",),
+    writes=("kept",),
 )
 
 
@@ -40,16 +46,19 @@ def block_inputs(
     shape: AttentionShape,
     cos: mx.array,
     sin: mx.array,
-) -> tuple[mx.array, mx.array]:
-    """Queries T [heads, block, dim], and keys and values T [2, kv_heads, 2 * block, dim]."""
-    pieces = *block, *told
+    kept: mx.array,
+    place: mx.array,
+    order: mx.array,
+) -> tuple[mx.array, mx.array, mx.array | None]:
+    pieces, staged = (*block, *told), in_place()
     launch, where = _inputs(
-        tuple(piece.rows.dtype for piece in pieces),
+        (*(piece.rows.dtype for piece in pieces), kept.dtype),
         (shape.q_norm.weight.dtype, shape.k_norm.weight.dtype),
         tuple(piece.rows.shape[0] for piece in pieces),
         cos.shape,
         (shape.heads, shape.kv_heads, shape.dim),
         tuple(piece.start for piece in pieces),
+        staged,
     )
     queries, rows = launch(
         *(piece.rows for piece in pieces),
@@ -61,8 +70,13 @@ def block_inputs(
         shape.k_norm.on_device,
         cos,
         sin,
+        kept,
+        place,
+        order,
     )
-    return queries, rows
+    if staged:
+        return queries, kept, rows
+    return queries, mx.slice_update(kept, rows, place[:1], axes=(2,)), None
 
 
 def seen_attention(
@@ -82,6 +96,7 @@ def _inputs(
     angles: tuple[int, int],
     heads: tuple[int, int, int],
     starts: tuple[int, ...],
+    staged: bool,
 ) -> tuple[Launch, mx.array]:
     """The launch, and where in the rows what stands. heads: of queries, of keys, dimensions."""
     block, dtype, (queries, keys, dim) = counts[0], pieces[0], heads
@@ -89,10 +104,10 @@ def _inputs(
     if set(counts) != {block} or angles[0] < 2 * block or 2 * angles[1] > dim:
         raise Unsupported(f"kernel block_inputs: rows {counts}, angles {angles}, head dim {dim}")
     launch = BLOCK_INPUTS.launch(
-        [(queries, block, dim), (2, keys, 2 * block, dim)],
+        [(queries, block, dim), (8,) if staged else (2, keys, 2 * block, dim)],
         [dtype, dtype],
         grid=(32, queries + 4 * keys, block),
         threadgroup=(32, 1, 1),
-        template={"T": dtype, "DIM": dim},
+        template={"T": dtype, "DIM": dim, "STAGED": staged},
     )
     return launch, resident([*starts, queries, keys, 0], mx.int32)

@@ -5,6 +5,7 @@
 #define SHARED(type, name, size) __shared__ type name[size]
 #define LOAD(type, pointer) (*reinterpret_cast<const type*>(pointer))
 #define STORE(type, pointer, value) (*reinterpret_cast<type*>(pointer) = (value))
+#define WRITABLE(type, pointer) (const_cast<type*>(pointer))
 #define INF __int_as_float(0x7f800000)
 
 // types

@@ -34,6 +34,8 @@ class MetalKernel:
 
     inputs, outputs: names of its arrays, in order. Inputs are row-contiguous when it runs.
     template: names of its compile-time arguments: integers of 0 or more, booleans, dtypes.
+    writes: inputs that it writes into, which must be row-contiguous (MLX copies others) and whose
+        readers must come after it: kernels/written.py.
     """
 
     name: str
@@ -41,6 +43,7 @@ class MetalKernel:
     outputs: tuple[str, ...]
     template: tuple[str, ...] = ()
     helpers: tuple[str, ...] = ()
+    writes: tuple[str, ...] = ()
     folder: Traversable = field(default_factory=_here)
 
     def launch(

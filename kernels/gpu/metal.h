@@ -8,6 +8,8 @@
 // several elements at once, from a whole multiple of their size: LOAD(uint4, weights + 16 * i)
 #define LOAD(type, pointer) (*reinterpret_cast<const device type*>(pointer))
 #define STORE(type, pointer, value) (*reinterpret_cast<device type*>(pointer) = (value))
+// an input that the kernel writes into: auto to = WRITABLE(T, keys) + place;
+#define WRITABLE(type, pointer) (const_cast<device type*>(pointer))
 #define INF INFINITY
 
 // matrix units: 16 x 16 weights with 16 x 8 values of x, in pairs of 16 bits. A lane has two values

@@ -13,7 +13,8 @@ from scripts.gpu import inputs
 from scripts.gpu.geometry import Geometry
 from scripts.gpu.timing import CACHE_BYTES, Stopwatch, Timed, copy_rate, linked
 from scripts.gpu.trees import Mixer, bush
-from specdec.kernels.attention import AttentionLayout, attention_inputs, tree_attention
+from specdec.kernels.attention import AttentionLayout, tree_attention
+from specdec.kernels.attention_inputs import attention_inputs
 from specdec.kernels.executor import gpu_kernels
 from specdec.kernels.experts import ExpertWeights, feed_forward
 from specdec.kernels.gated_delta import mix_tree, replay

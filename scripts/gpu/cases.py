@@ -14,7 +14,7 @@ from scripts.gpu.inputs import wide
 from scripts.gpu.samples import cases as sample_cases
 from scripts.gpu.trees import attention_cases, mix_cases, replay_cases
 from specdec.kernels.array import to_numpy
-from specdec.kernels.attention import AttentionShape, attention_inputs
+from specdec.kernels.attention_inputs import AttentionShape, attention_inputs
 from specdec.kernels.experts import combine, experts_apart, feed_forward, shared_hidden
 from specdec.kernels.linear import Piece, embed, linear
 from specdec.kernels.routing import Routing, route

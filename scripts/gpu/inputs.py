@@ -9,7 +9,7 @@ import mlx.core as mx
 import numpy as np
 
 from scripts.gpu.geometry import Geometry
-from specdec.kernels.attention import AttentionShape
+from specdec.kernels.attention_inputs import AttentionShape
 from specdec.kernels.experts import ExpertWeights, SharedExpert
 from specdec.kernels.gated_delta import DeltaInputs, DeltaWeights
 from specdec.kernels.linear import Piece

@@ -10,6 +10,7 @@ from specdec.draft.model import Draft
 from specdec.errors import NonFiniteError
 from specdec.kernels.array import Backend
 from specdec.kernels.executor import gpu_kernels
+from specdec.kernels.gpu.in_place import write_in_place
 from specdec.kernels.tapped import Taps
 from specdec.kernels.walked import walked
 from tests.draft.reference import BLOCK, CASES, HIDDEN, TAPS, Reference, make_draft
@@ -22,9 +23,10 @@ GPU = Backend("metal", mx.float32, "a test asked for it")
 WIDTH = 9
 
 
-@pytest.fixture
-def on_shim():
-    with graphs_on_shim():
+@pytest.fixture(params=["in place", "through MLX"])
+def on_shim(request):
+    """Kernels write into the caches, or MLX does."""
+    with graphs_on_shim(), write_in_place(request.param == "in place"):
         yield
 
 

@@ -5,6 +5,7 @@ memory with the life of a threadgroup, so they become calls. Refused: atomic out
 """
 
 import re
+from collections.abc import Collection
 from dataclasses import dataclass
 
 SIGNATURE = re.compile(r"^\[\[kernel\]\] void (\w+)\(\n(.*?)\) \{$", re.M | re.S)
@@ -77,14 +78,19 @@ class Msl:
             text, instance[1] if instance else signature[1], tuple(buffers), tuple(attributes)
         )
 
-    def program(self) -> str:
-        """A C++ program for the headers of shim/; its line numbers are the text's."""
+    def program(self, written: Collection[str] = ()) -> str:
+        """A C++ program for the headers of shim/; its line numbers are the text's. It gives back
+        the inputs that are written into, and the outputs."""
         arguments = [
             f"{'*' * buffer.reference}reinterpret_cast<{buffer.type}*>(buffers[{i}].data)"
             for i, buffer in enumerate(self.buffers)
         ]
         arguments += [f"{type_}({PLACES[name]})" for type_, name in self.attributes]
-        entries = [f'{{"{b.name}", {str(b.output).lower()}}}' for b in self.buffers]
+        back = [b.output or b.name in written for b in self.buffers]
+        entries = [
+            f'{{"{b.name}", {str(given).lower()}}}'
+            for b, given in zip(self.buffers, back, strict=True)
+        ]
         return f"""#include "metal.h"
 #line 1 "kernel.metal"
 {THREADGROUP.sub(_declaration, self.text)}

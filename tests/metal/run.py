@@ -1,5 +1,6 @@
 """Run: a kernel's MSL on the CPU, over NumPy or MLX arrays."""
 
+import ctypes
 import os
 import re
 import subprocess
@@ -45,7 +46,8 @@ def run_msl(
     order: Order = "forward",
     sanitize: Sanitize = None,
 ) -> list[np.ndarray]:
-    """The outputs of one launch; bfloat16 ones as float32, which holds the same values.
+    """The outputs of one launch; bfloat16 ones as float32, which holds the same values. Inputs that
+    a MetalKernel writes into hold what it wrote afterwards.
 
     kernel: a MetalKernel, what mx.fast.metal_kernel returned, or the text MLX would compile.
     order: of threads, simdgroups and threadgroups between two meetings.
@@ -67,7 +69,8 @@ def run_msl(
     message = [np.array([*grid, *threadgroup], np.uint32).tobytes()]
     for data in _buffers(msl, arrays, outputs):
         message += [len(data).to_bytes(8, "little"), data]
-    command = [str(built(msl.program(), sanitize)), order]
+    writes = _written(kernel, inputs) if isinstance(kernel, MetalKernel) else {}
+    command = [str(built(msl.program(writes), sanitize)), order]
     done = _executed(command, b"".join(message))
     if b"unexpected memory mapping" in done.stderr:
         # the race detector does not bear every randomization of addresses
@@ -75,6 +78,11 @@ def run_msl(
     if done.returncode != 0:
         raise KernelFault(_words(done.returncode, done.stderr.decode(errors="replace"), text))
     results, at = [], 0
+    for array, before in writes.values():
+        new = done.stdout[at : at + array.nbytes]
+        at += array.nbytes
+        if new != before:  # an array may be several inputs, and be changed as one of them
+            _put(array, new)
     for output, dtype in zip(outputs, output_dtypes, strict=True):
         raw = np.frombuffer(done.stdout, output.dtype, output.size, at).reshape(output.shape)
         at += output.nbytes
@@ -105,6 +113,23 @@ def through_shim(order: Order = "forward", sanitize: Sanitize = None) -> Iterato
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Launch, "__call__", call)
         yield
+
+
+def _written(kernel: MetalKernel, inputs: Sequence[Any]) -> dict[str, tuple[mx.array, bytes]]:
+    """The inputs that are written into, and what they hold before."""
+    mx.eval(inputs)
+    return {
+        name: (array, _numpy(array).tobytes())
+        for name, array in zip(kernel.inputs, inputs, strict=True)
+        if name in kernel.writes
+    }
+
+
+def _put(array: mx.array, data: bytes) -> None:
+    """Into the array's own memory."""
+    view = np.array(array.view(mx.uint16) if array.dtype == mx.bfloat16 else array, copy=False)
+    assert view.flags.c_contiguous
+    ctypes.memmove(view.__array_interface__["data"][0], data, array.nbytes)
 
 
 def _executed(command: list[str], message: bytes) -> subprocess.CompletedProcess[bytes]:

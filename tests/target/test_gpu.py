@@ -13,6 +13,7 @@ from specdec.kernels.array import Backend
 from specdec.kernels.executor import gpu_kernels
 from specdec.kernels.gated_delta import mix_tree
 from specdec.kernels.gpu import expert_launches, graphs, linear
+from specdec.kernels.gpu.in_place import write_in_place
 from specdec.kernels.gpu.kernel import Launch
 from specdec.kernels.gpu.limits import MAX_ROWS, Unsupported, refused
 from specdec.kernels.gpu.tiles import use_tiles
@@ -37,7 +38,14 @@ PATH = [0, 1, 3, 4]
 
 @pytest.fixture
 def on_shim():
-    with graphs_on_shim():
+    with graphs_on_shim(), write_in_place():
+        yield
+
+
+@pytest.fixture(params=["in place", "through MLX"])
+def either_way(request):
+    """Kernels write into keys and values, or MLX does."""
+    with graphs_on_shim(), write_in_place(request.param == "in place"):
         yield
 
 
@@ -179,7 +187,7 @@ def test_a_graph_holds_nothing_of_the_pass_it_was_traced_for(family, tmp_path, m
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_commits_are_graphs_for_any_path(family, tmp_path, on_shim, monkeypatch):
+def test_commits_are_graphs_for_any_path(family, tmp_path, either_way, monkeypatch):
     """Paths that move rows and that do not, of several lengths, behind other tokens."""
     folder = write_checkpoint(tmp_path, family)
     paths = [[0, 1, 3, 4], [0], [0, 2, 6], [0, 1], [0, 1, 5], [0, 2]]
@@ -235,6 +243,34 @@ def test_no_round_copies_the_buffers(streamed, tmp_path):
             places.append(places_of([*target.state.keys, *target.state.values]))
         assert target.compiled != streamed
     assert places == places[:1] * len(places)
+
+
+def test_rounds_in_place_make_no_new_buffers(tmp_path, on_shim):
+    with opened(write_checkpoint(tmp_path, FAMILIES[0]), GPU) as target:
+        prefill(target, PROMPT)
+        buffers = [*target.state.keys, *target.state.values]
+        for path in ([0, 2], [0, 1, 3, 4], [0]):
+            target.verify(tree_of(np.arange(len(PARENTS)), PARENTS))
+            target.commit(path)
+        assert target.state.length == len(PROMPT) + 7
+        after = [*target.state.keys, *target.state.values]
+        assert all(a is b for a, b in zip(after, buffers, strict=True))
+
+
+def test_a_path_is_kept_where_its_graph_cannot_be(tmp_path, on_shim):
+    """A kernel was refused after the pass: what is moved stands in the buffers alone."""
+    found = []
+    with opened(write_checkpoint(tmp_path, FAMILIES[0]), GPU) as target:
+        for refuse in (False, True):
+            target.reset()
+            prefill(target, PROMPT)
+            target.verify(tree_of(np.arange(len(PARENTS)), PARENTS))
+            if refuse:
+                refused["of another model"] = None
+            target.commit(PATH)
+            refused.clear()
+            found.append(state_bytes(target))
+    assert found[0] == found[1]
 
 
 def places_of(buffers: list[mx.array]) -> list[int]:

@@ -8,12 +8,11 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from specdec.kernels.attention import AttentionLayout, AttentionShape
+from specdec.kernels.attention import AttentionLayout
 from specdec.kernels.gpu import attention as gpu
 from specdec.kernels.gpu.limits import Unsupported
 from specdec.kernels.layout import TreeLayout
 from specdec.kernels.linear import Piece
-from specdec.kernels.norm import Norm
 from tests.metal.build import compiler
 from tests.metal.cuda import cuda_source
 from tests.metal.rules import broken_rules
@@ -48,84 +47,6 @@ def with_choices(together=None, more_blocks=0):
         gpu._attention.cache_clear()
         yield
     gpu._attention.cache_clear()
-
-
-# ---- the inputs
-
-
-def pieces(rows, heads, kv_heads, dim, gated, dtype, seed=0):
-    """Three pieces of one fused projection; the columns before and behind them are nobody's."""
-    widths = [heads * dim * (2 if gated else 1), kv_heads * dim, kv_heads * dim]
-    starts = np.cumsum([3, *widths])
-    fused = random((rows, int(starts[-1]) + 5), seed, dtype)
-    return [Piece(fused, int(s), w) for s, w in zip(starts, widths, strict=False)]
-
-
-def shape_of(heads, kv_heads, dim, gated, dtype):
-    weights = random((2, dim), 9, dtype)
-    return AttentionShape(
-        heads, kv_heads, dim, gated, Norm(weights[0], 1e-6), Norm(weights[1], 1e-2)
-    )
-
-
-def angles(rows, half):
-    turns = np.random.default_rng(5).uniform(0, 6, (rows, half))
-    return mx.array(np.cos(turns).astype(np.float32)), mx.array(np.sin(turns).astype(np.float32))
-
-
-def expected_inputs(queries, keys, values, shape, cos, sin):
-    """In float64."""
-    rows, half = cos.shape
-    q = exact(queries.values).reshape(rows, shape.heads, -1)[..., : shape.dim]
-    k, v = (exact(p.values).reshape(rows, shape.kv_heads, shape.dim) for p in (keys, values))
-    results = []
-    for x, norm in ((q, shape.q_norm), (k, shape.k_norm)):
-        x = x / np.sqrt((x**2).mean(-1, keepdims=True) + norm.eps) * exact(norm.weight)
-        x = x.swapaxes(0, 1)
-        a, b, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
-        c, s = exact(cos), exact(sin)
-        results.append(np.concatenate([a * c - b * s, b * c + a * s, rest], -1))
-    return [*results, v.swapaxes(0, 1)]
-
-
-@pytest.mark.parametrize("dtype", CLOSE, ids=str)
-@pytest.mark.parametrize(
-    ("rows", "heads", "kv_heads", "dim", "gated", "half", "sanitize"),
-    [
-        (7, 4, 2, 64, True, 8, None),
-        (3, 6, 1, 96, False, 48, "memory"),
-        (1, 2, 2, 64, True, 2, "races"),
-    ],
-)
-def test_inputs(rows, heads, kv_heads, dim, gated, half, sanitize, dtype):
-    shape = shape_of(heads, kv_heads, dim, gated, dtype)
-    arguments = (*pieces(rows, heads, kv_heads, dim, gated, dtype), shape, *angles(rows, half))
-    with through_shim(sanitize=sanitize):
-        found = gpu.attention_inputs(*arguments)
-    for got, want in zip(found, expected_inputs(*arguments), strict=True):
-        assert got.dtype == dtype
-        np.testing.assert_allclose(exact(got), want, rtol=CLOSE[dtype], atol=CLOSE[dtype])
-    np.testing.assert_array_equal(exact(found[2]), expected_inputs(*arguments)[2])
-
-
-def test_inputs_of_a_row_do_not_depend_on_the_others():
-    shape = shape_of(4, 2, 64, True, mx.float32)
-    q, k, v = pieces(7, 4, 2, 64, True, mx.float32)
-    cos, sin = angles(7, 16)
-    order = np.random.default_rng(2).permutation(7)
-
-    def of(rows):
-        rows = mx.array(rows)
-        a, b, c = (Piece(mx.contiguous(p.rows[rows]), p.start, p.width) for p in (q, k, v))
-        with through_shim(order="reverse"):
-            return gpu.attention_inputs(a, b, c, shape, cos[rows], sin[rows])
-
-    together, shuffled = of(np.arange(7)), of(order)
-    for a, b in zip(together, shuffled, strict=True):
-        np.testing.assert_array_equal(exact(a)[:, order], exact(b))
-    for row in (0, 6):
-        for a, b in zip(together, of([row]), strict=True):
-            np.testing.assert_array_equal(exact(a)[:, [row]], exact(b))
 
 
 # ---- attention
@@ -291,10 +212,6 @@ def test_what_is_not_supported(heads, kv_heads, dim, words):
     case = Case(ROOT, 3, heads, kv_heads, dim)
     with pytest.raises(Unsupported, match=words):
         case.run()
-    shape = shape_of(heads, kv_heads, dim, False, mx.float32)
-    q, k, v = pieces(1, heads, kv_heads, dim, False, mx.float32)
-    with pytest.raises(Unsupported, match=words), through_shim():
-        gpu.attention_inputs(q, k, v, shape, *angles(1, 4))
 
 
 def test_types_are_not_mixed():
@@ -307,14 +224,13 @@ def test_types_are_not_mixed():
 # ---- the text
 
 
-@pytest.mark.parametrize("kernel", [gpu.INPUTS, gpu.BLOCKS, gpu.MERGE], ids=lambda k: k.name)
+@pytest.mark.parametrize("kernel", [gpu.BLOCKS, gpu.MERGE], ids=lambda k: k.name)
 def test_rules(kernel):
     assert broken_rules(kernel) == []
 
 
 def sources():
     b, h, f, i = mx.bfloat16, mx.float16, mx.float32, mx.int32
-    yield cuda_source(gpu.INPUTS, [b, b, b, i, b, b, f, f, f, f], [b] * 3, {"T": b, "DIM": 256})
     for t, dim, g in ((b, 256, 8), (h, 96, 3)):
         yield cuda_source(
             gpu.BLOCKS, [t, t, t, f, i], [f, f], {"T": t, "DIM": dim, "G": g, "WINDOW": g > 1}

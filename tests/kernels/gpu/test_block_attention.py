@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 from specdec.kernels import block_attention as reference
-from specdec.kernels.attention import AttentionShape
+from specdec.kernels.attention_inputs import AttentionShape
 from specdec.kernels.gpu import attention
 from specdec.kernels.gpu import block_attention as gpu
+from specdec.kernels.gpu.in_place import write_in_place
 from specdec.kernels.gpu.limits import Unsupported
 from specdec.kernels.linear import Piece
 from specdec.kernels.norm import Norm
@@ -56,13 +57,25 @@ def test_inputs(block, heads, kv_heads, dim, half, dtype, options):
     told = Piece(told_rows, 0, width), Piece(told_rows, width, width)
     cos, sin = normal(2 * block + 1, half), normal(2 * block + 2, half)[1:]
     for count in range(block + 1):
-        given = (q, k, v), told, mx.array([count, 99], mx.int32), shape, cos, sin
+        kept = normal(2, kv_heads, 2 * block + 9, dim, dtype=dtype)
+        buffer = kept, mx.array([4, 99], mx.int32), mx.zeros(8, dtype)
+        given = (q, k, v), told, mx.array([count, 99], mx.int32), shape, cos, sin, *buffer
+        theirs = by_reference["block_inputs"](*given)
         with through_shim(**options):
-            found = gpu.block_inputs(*given)
+            with write_in_place(False):
+                ours = gpu.block_inputs(*given)
+            with write_in_place():
+                in_place = gpu.block_inputs(*given)
+        assert in_place[1] is kept
+        assert (ours[2], theirs[2]) == (None, None)
         error = 1e-5 if dtype == mx.float32 else 0.13
-        for ours, theirs in zip(found, by_reference["block_inputs"](*given), strict=True):
-            np.testing.assert_allclose(numbers(ours), numbers(theirs), atol=error)
-        assert not numbers(found[1])[:, :, count + block :].any()
+        for i in range(2):
+            np.testing.assert_allclose(numbers(ours[i]), numbers(theirs[i]), atol=error)
+            assert (numbers(in_place[i])[..., :4, :] == numbers(ours[i])[..., :4, :]).all()
+        # what lies behind the block is never looked at
+        end = 4 + count + block
+        assert (numbers(kept)[:, :, :end] == numbers(ours[1])[:, :, :end]).all()
+        assert not numbers(ours[1])[:, :, end : 4 + 2 * block].any()
 
 
 @needs_shim
@@ -84,10 +97,9 @@ def test_what_is_not_taken():
     piece = Piece(normal(3, 48), 0, 48)
     norm = Norm(normal(48), 1e-6)
     shape = AttentionShape(1, 1, 48, False, norm, norm)
+    given = (piece, piece, piece), (piece, piece), mx.array([1]), shape, normal(6, 8)
     with pytest.raises(Unsupported, match="head dim 48"):
-        gpu.block_inputs(
-            (piece, piece, piece), (piece, piece), mx.array([1]), shape, normal(6, 8), normal(6, 8)
-        )
+        gpu.block_inputs(*given, normal(6, 8), normal(2, 1, 9, 48), mx.array([0]), normal(8))
 
 
 def test_rules():
@@ -97,9 +109,10 @@ def test_rules():
 @pytest.mark.skipif(NVCC is None, reason="nvcc is not installed")
 def test_cuda_compiles(tmp_path):
     b, f, i = mx.bfloat16, mx.float32, mx.int32
-    inputs = [b, b, b, b, b, i, i, b, b, f, f, f, f]
+    inputs = [b, b, b, b, b, i, i, b, b, f, f, f, f, b, i, b]
     source = tmp_path / "kernel.cu"
-    source.write_text(cuda_source(gpu.BLOCK_INPUTS, inputs, [b, b], {"T": b, "DIM": 64}))
+    words = cuda_source(gpu.BLOCK_INPUTS, inputs, [b, b], {"T": b, "DIM": 64, "STAGED": True})
+    source.write_text(words)
     flags = ["-arch=sm_90", "-std=c++17", "-cubin", "-Werror=all-warnings"]
     command = [str(NVCC), *flags, str(source), "-o", str(tmp_path / "kernel.cubin")]
     done = subprocess.run(command, capture_output=True, text=True)
