@@ -24,6 +24,7 @@ from specdec.target.passes import TreePass
 from specdec.target.state import Projected, State
 
 LAYERS = 10  # of a graph, about
+FIRST = 10  # of the first one, which the GPU waits for
 
 # Some layers of a pass: tokens or hidden rows, what was tapped so far, the pass -> the two again,
 # of the last layers logits, taps and verdict.
@@ -44,8 +45,7 @@ class VerifyGraph(Graphs):
     def __init__(self, body: Body, config: TargetConfig) -> None:
         super().__init__()
         self._body, self._layers = body, range(config.num_layers)
-        count = max(1, round(config.num_layers / LAYERS))
-        ends = [config.num_layers * n // count for n in range(count + 1)]
+        ends = _ends(config.num_layers)
         self._parts = [
             _Part(
                 range(first, end),
@@ -115,6 +115,14 @@ class VerifyGraph(Graphs):
         x, tapped = given["rows"]
         outputs = self._body(span, x, tapped, this)
         return list(outputs), state.filled, state.done, this.results()
+
+
+def _ends(layers: int) -> list[int]:
+    """Where the graphs of a model begin and end."""
+    if layers <= LAYERS:
+        return [0, layers]
+    count = max(1, round((layers - FIRST) / LAYERS))
+    return [0, *(FIRST + (layers - FIRST) * n // count for n in range(count + 1))]
 
 
 class _Turned:

@@ -3,15 +3,19 @@
 Per row, random anchors a inside the response; each gives a block [token_a, MASK x 7] at positions
 a .. a+7 that sees the context rows before a, and slot k is to predict token a+k. Loss: weighted
 cross-entropy plus a share of the divergence from the target's distribution, weights
-exp(-(k-1)/4). Taps and teacher rows of the frozen quantised target are computed once and kept on
-the device; what does not fit at once is divided into ``--pools``, one after the other. A row is
-drawn as often as it has tokens to learn from.
+exp(-(k-1)/4), of which ``--reach`` is multiplied by the draft's own probability that a chain gets
+as far as slot k. Taps and teacher rows of the frozen quantised target are computed once and kept on
+the device; what exceeds ``--room`` is divided into pools, one after the other. A row is drawn as
+often as it has tokens to learn from. ``--held`` rows, from prompts that no training saw, are
+measured up to where they begin to repeat themselves.
 """
 
 from __future__ import annotations
 
 import argparse
+import bisect
 import json
+import math
 import time
 from pathlib import Path
 
@@ -22,6 +26,8 @@ from torch import Tensor
 
 import config
 import export
+from accept import accepted, best_first
+from delta import CHUNK
 from draft import Draft, load_draft, save_draft
 from model import Target
 from optim import Optimiser, trapezoid
@@ -32,45 +38,66 @@ GAMMA = 4.0
 class Rows:
     """Regenerated rows of one length and, for one pool of them, what the target makes of them."""
 
-    def __init__(self, path: Path, batch: int, pools: int, device: str, seed: int) -> None:
+    def __init__(self, path: Path, batch: int, device: str, end: str = "end") -> None:
         stored = np.load(path)
-        usable = np.nonzero(stored["end"] - stored["size"] >= 4)[0]
-        np.random.default_rng(seed).shuffle(usable)
+        usable = np.nonzero(stored[end] - stored["size"] >= 4)[0]
+        np.random.default_rng(0).shuffle(usable)
         self.stored = [
             torch.from_numpy(stored[name][usable].astype(np.int32)).to(device)
-            for name in ("tokens", "size", "end")
+            for name in ("tokens", "size", end)
         ]
-        self.pools = torch.arange(len(usable), device=device).chunk(pools)
         self.batch = batch
+        self.total = int(self.stored[2].sum())  # positions to keep, of all pools
+        self.divide(1)
+
+    def divide(self, pools: int) -> None:
+        self.pools = torch.arange(len(self.stored[1]), device=self.stored[1].device).chunk(pools)
+        self.taps = self.hidden = torch.empty(0)
 
     @torch.no_grad()
     def fill(self, pool: int, target: Target, layers: tuple[int, ...]) -> None:
         """Run the target over a pool; only positions before a row's end are kept."""
-        self.taps = self.hidden = torch.empty(0)  # first make room
         rows = self.pools[pool % len(self.pools)]
         self.tokens, self.size, self.end = (x[rows].long() for x in self.stored)
         self.start = self.end.cumsum(0) - self.end
-        steps = torch.arange(self.tokens.shape[1], device=rows.device)
-        total, width = int(self.end.sum()), target.cfg.hidden
-        self.taps = torch.empty(total, len(layers) * width, dtype=target.dtype, device=rows.device)
-        self.hidden = torch.empty(total, width, dtype=target.dtype, device=rows.device)
-        for first in range(0, len(rows), self.batch):
-            pick = torch.arange(first, first + self.batch, device=rows.device)
-            pick = pick.clamp_max(len(rows) - 1)  # a full batch: one shape to compile
-            hidden, seen, _, _ = target(self.tokens[pick], layers)
+        if not len(self.taps):  # one allocation, for the largest pool
+            most = max(int(self.stored[2][part].sum()) for part in self.pools)
+            width, like = target.cfg.hidden, {"dtype": target.dtype, "device": rows.device}
+            self.taps = torch.empty(most, len(layers) * width, **like)
+            self.hidden = torch.empty(most, width, **like)
+        order = self.end.argsort()
+        ends, first = self.end[order].tolist(), 0
+        full = self.tokens.shape[1]
+        while first < len(order):  # short rows together, in two lengths
+            length = half_length(full) if ends[first] <= half_length(full) else full
+            count = self.batch * full // length
+            pick = torch.arange(first, first + count, device=rows.device)
+            first = min(first + count, bisect.bisect_right(ends, length))
+            pick = order[pick.clamp_max(first - 1)]  # a full batch: one shape to compile
+            hidden, seen, _, _ = target(self.tokens[pick, :length], layers)
+            steps = torch.arange(length, device=rows.device)
             inside = steps < self.end[pick].unsqueeze(1)
             where = (self.start[pick].unsqueeze(1) + steps)[inside]
             self.taps[where] = torch.cat([x.to(target.dtype) for x in seen], -1)[inside]
             self.hidden[where] = hidden.to(target.dtype)[inside]
 
     def next(self) -> tuple[Tensor, ...]:
+        """A batch of rows, each drawn as often as it has tokens to learn from."""
+        pick = torch.multinomial((self.end - self.size).float(), self.batch, replacement=True)
+        return self.take(pick)
+
+    def take(self, pick: Tensor) -> tuple[Tensor, ...]:
         """tokens [B, T], size [B], end [B], taps [B, T, n * H], hidden [B, T, H]; after a row's
         end the last two belong to other rows."""
-        pick = torch.multinomial((self.end - self.size).float(), self.batch, replacement=True)
         tokens = self.tokens[pick]
         steps = torch.arange(tokens.shape[1], device=tokens.device)
         where = (self.start[pick].unsqueeze(1) + steps).clamp_max(len(self.taps) - 1)
         return tokens, self.size[pick], self.end[pick], self.taps[where], self.hidden[where]
+
+
+def half_length(length: int) -> int:
+    """About half of a row's length, in whole chunks of the delta rule."""
+    return -(-length // (2 * CHUNK)) * CHUNK
 
 
 def pick_anchors(size: Tensor, end: Tensor, count: int) -> Tensor:
@@ -81,15 +108,23 @@ def pick_anchors(size: Tensor, end: Tensor, count: int) -> Tensor:
 
 
 def block_loss(
-    hidden: Tensor, teacher: Tensor, head: Tensor, labels: Tensor, weight: Tensor, share: float
+    hidden: Tensor,
+    teacher: Tensor,
+    head: Tensor,
+    labels: Tensor,
+    weight: Tensor,
+    share: float,
+    reach: float,
 ) -> tuple[Tensor, Tensor]:
-    """hidden, teacher [N, H]; labels, weight [N] -> loss and hits [N] (top-1 equals the label)."""
+    """hidden, teacher [N, S, H]; labels, weight [N, S] -> loss and hits [N, S] (top-1 = label)."""
     logits = F.linear(hidden.to(head.dtype), head).float()
     aim = F.linear(teacher.to(head.dtype), head).float()
     log_q = logits.log_softmax(-1)
-    hard = -log_q.gather(1, labels.unsqueeze(1)).squeeze(1)
+    hard = -log_q.gather(-1, labels.unsqueeze(-1)).squeeze(-1)
     log_p = aim.log_softmax(-1)
     soft = (log_p.exp() * (log_p - log_q)).sum(-1)
+    before = (hard - hard.cumsum(-1)).detach().exp()  # probability that a chain reaches the slot
+    weight = weight * (1 - reach + reach * before)
     loss = ((hard + share * soft) * weight).sum() / weight.sum().clamp_min(1e-6)
     return loss, logits.argmax(-1) == labels
 
@@ -110,6 +145,7 @@ class Distiller:
         self.loss, self.forward = block_loss, self.draft.forward
         if cuda:
             torch.set_float32_matmul_precision("high")
+            torch._dynamo.config.recompile_limit = 64  # lengths times kinds of layers
             for layer in self.target.model.layers:
                 layer.compile(dynamic=False)
             self.loss = torch.compile(block_loss, dynamic=False)
@@ -117,47 +153,107 @@ class Distiller:
         slots = torch.arange(self.cfg.block - 1, device=device)
         self.decay = torch.exp(-slots / GAMMA)
 
+    def blocks(self, tokens: Tensor, taps: Tensor, anchors: Tensor) -> Tensor:
+        """Hidden rows [B, A, block - 1, H] of the blocks at ``anchors`` [B, A]."""
+        bonus = self.target.embed(tokens.gather(1, anchors))
+        mask_row = self.target.model.embed_tokens.weight[self.cfg.mask_id]
+        return self.forward(taps, bonus, mask_row, anchors)[:, :, 1:]
+
+    def labels(self, tokens: Tensor, anchors: Tensor, end: Tensor) -> tuple[Tensor, ...]:
+        """Positions, tokens and which are to be learnt, [B, A, block - 1] each."""
+        where = anchors.unsqueeze(-1) + torch.arange(1, self.cfg.block, device=self.device)
+        inside = where.clamp_max(tokens.shape[1] - 1)
+        labels = tokens.gather(1, inside.flatten(1)).view_as(where)
+        return inside, labels, where < end[:, None, None]
+
     def batch_loss(self, rows: Rows) -> tuple[Tensor, Tensor]:
         """Loss and hit rate per slot [block - 1] on one batch."""
         tokens, size, end, taps, hidden = rows.next()
         anchors = pick_anchors(size, end, self.args.anchors)  # [B, A]
-        with torch.no_grad():
-            bonus = self.target.embed(tokens.gather(1, anchors))
-            mask_row = self.target.model.embed_tokens.weight[self.cfg.mask_id]
-            steps = torch.arange(1, self.cfg.block, device=self.device)
-            where = anchors.unsqueeze(-1) + steps  # [B, A, block - 1], label positions
-            inside = where.clamp_max(tokens.shape[1] - 1).flatten(1)
-            labels = tokens.gather(1, inside).flatten()
-            teacher = hidden.gather(1, (inside - 1).unsqueeze(-1).expand(-1, -1, hidden.shape[-1]))
-            valid = (where < end[:, None, None]).float()
-            weight = (valid * self.decay).flatten()
-        out = self.forward(taps, bonus, mask_row, anchors)[:, :, 1:]
-        head = self.target.lm_head(self.target.dtype)
+        inside, labels, valid = self.labels(tokens, anchors, end)
+        before = (inside - 1).flatten(1).unsqueeze(-1).expand(-1, -1, hidden.shape[-1])
+        teacher = hidden.gather(1, before).view(*inside.shape, -1)
+        out = self.blocks(tokens, taps, anchors)
         loss, hits = self.loss(
-            out.flatten(0, 2), teacher.flatten(0, 1), head, labels, weight, self.args.share
+            out.flatten(0, 1),
+            teacher.flatten(0, 1),
+            self.target.lm_head(self.target.dtype),
+            labels.flatten(0, 1),
+            (valid * self.decay).flatten(0, 1),
+            self.args.share,
+            self.args.reach,
         )
-        rate = (hits.view_as(valid) * valid).sum((0, 1)) / valid.sum((0, 1)).clamp_min(1)
+        rate = (hits.view_as(valid) & valid).sum((0, 1)) / valid.sum((0, 1)).clamp_min(1)
         return loss, rate
+
+    def measure(self, held: Rows) -> dict[str, object]:
+        """Hits per slot and tokens a round at random anchors of held-out rows, always the same:
+        for the chain and for best-first trees of 6; blocks end where a row begins to repeat."""
+        state = torch.get_rng_state()
+        torch.manual_seed(0)
+        hits, valid, depths = [], [], []
+        for first in range(0, min(len(held.size), 4 * held.batch), held.batch):
+            pick = torch.arange(first, first + held.batch) % len(held.size)
+            tokens, size, end, taps, _ = held.take(pick.to(self.device))
+            share = torch.rand(held.batch, self.args.anchors).to(self.device)
+            anchors = size.unsqueeze(1) + (share * (end - 1 - size).unsqueeze(1)).long()
+            _, labels, inside = self.labels(tokens, anchors, end)
+            out = self.blocks(tokens, taps, anchors).detach()
+            top = self.target.logits(out[:, :4]).float().log_softmax(-1).topk(6, -1)
+            hits.append((self.target.logits(out).argmax(-1) == labels) & inside)
+            valid.append(inside)
+            short = zip(
+                *(x.flatten(0, 1).tolist() for x in (*top, labels[:, :4], inside[:, :4])),
+                strict=True,
+            )
+            depths += [
+                accepted(best_first(logp, ids, 6), truth[: sum(real)])
+                for logp, ids, truth, real in short
+            ]
+        torch.set_rng_state(state)
+        hit, real = torch.cat(hits), torch.cat(valid)
+        rate = hit.sum((0, 1)) / real.sum((0, 1)).clamp_min(1)
+        chain = 1 + hit.long().cumprod(-1).sum(-1).float().mean()
+        return {
+            "hits": [round(x, 3) for x in rate.tolist()],
+            "chain": round(chain.item(), 3),
+            "budget_6": round(1 + sum(depths) / len(depths), 3),
+        }
 
     def run(self) -> dict[str, object]:
         args = self.args
         sources = [
-            Rows(path, args.batch * args.unit // length, args.pools, self.device, i)
-            for i, (path, length) in enumerate(args.rows)
+            Rows(path, args.batch * args.unit // length, self.device) for path, length in args.rows
         ]
+        bytes_each = (len(self.cfg.taps) + 1) * self.target.cfg.hidden * self.target.dtype.itemsize
+        pools = math.ceil(sum(rows.total for rows in sources) * bytes_each / (args.room * 1e9))
+        held = Rows(args.held, sources[0].batch, self.device, "first") if args.held else None
+        print(f"{sum(rows.total for rows in sources):,} tokens in {pools} pools", flush=True)
+        marks: list[dict[str, object]] = []
+
+        def mark() -> None:
+            if held:
+                marks.append({"step": step} | self.measure(held))
+                print(f"held out: {json.dumps(marks[-1])}", flush=True)
+
+        step, blocks, progress, pool = 0, 0, 0.0, 0
         for rows in sources:
+            rows.divide(pools)
             rows.fill(0, self.target, self.cfg.taps)
             self.batch_loss(rows)[0].backward()  # compile outside the timed part
+        if held:
+            held.fill(0, self.target, self.cfg.taps)
         self.draft.zero_grad()
-        print(f"ready: {sum(len(rows.taps) for rows in sources):,} tokens kept", flush=True)
-        began, saved, pool = time.time(), time.time(), 0
+        mark()
+        began, saved = time.time(), time.time()
         rates: list[list[float]] = []
-        step, blocks, progress = 0, 0, 0.0
         while progress < 1.0:
-            if int(progress * args.pools) > pool:
+            if int(progress * pools) > pool:
                 pool += 1
+                before = time.time()
                 for rows in sources:
                     rows.fill(pool, self.target, self.cfg.taps)
+                print(f"pool {pool}: {time.time() - before:.1f} s", flush=True)
             rows = sources[1] if len(sources) > 1 and step % args.long_every == 0 else sources[0]
             loss, rate = self.batch_loss(rows)
             loss.backward()
@@ -173,17 +269,21 @@ class Distiller:
             if step % args.log == 1 or progress >= 1.0:
                 rates.append([round(r, 3) for r in rate.tolist()])
                 print(
-                    f"step {step} {progress:.0%} loss {loss.item():.4f} hits {rates[-1]}",
+                    f"step {step} {progress:.0%} {time.time() - began:.0f} s "
+                    f"loss {loss.item():.4f} hits {rates[-1]}",
                     flush=True,
                 )
-            if time.time() - saved > 120:
+            if time.time() - saved > args.save:
                 save_draft(self.draft, args.out)
+                mark()
                 saved = time.time()
+        mark()
         return {
             "steps": step,
             "seconds": round(time.time() - began, 1),
             "last_hits": rates[-1],
-            "blocks": step * args.batch * args.anchors,
+            "blocks": blocks,
+            "held_out": marks,
             "arguments": {k: str(v) for k, v in vars(args).items()},
         }
 
@@ -211,13 +311,18 @@ def main() -> None:
     parser.add_argument("--unit", type=int, default=448)
     parser.add_argument("--long-every", type=int, default=5)
     parser.add_argument("--anchors", type=int, default=48)
-    parser.add_argument("--pools", type=int, default=1)
+    parser.add_argument("--room", type=float, default=48.0, help="GB of taps kept at once")
+    parser.add_argument(
+        "--held", type=Path, help="FILE.npz from held-out prompts, of the first length"
+    )
     parser.add_argument("--share", type=float, default=0.5, help="weight of the divergence")
+    parser.add_argument("--reach", type=float, default=0.0, help="share of weights by reach")
     parser.add_argument("--muon-lr", type=float, default=0.01)
     parser.add_argument("--adam-lr", type=float, default=0.002)
     parser.add_argument("--decay", type=float, default=0.02)
     parser.add_argument("--cool", type=float, default=0.5)
     parser.add_argument("--log", type=int, default=100)
+    parser.add_argument("--save", type=float, default=100.0, help="seconds between two saves")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     distiller = Distiller(args, "cuda" if torch.cuda.is_available() else "cpu")

@@ -100,7 +100,9 @@ class DeltaNet(nn.Module):
     def step(self, x: Tensor, state: list[Tensor], cos: Tensor, sin: Tensor, at: Tensor) -> Tensor:
         conv, memory = state  # [B, K-1, C], [B, Hv, D, D]
         qkv, z, beta, log_g = self.project(x)
-        window = torch.cat([conv, qkv.unsqueeze(1)], 1)
+        begins = (at == 0).unsqueeze(1)  # what the row held before is of another text
+        log_g = log_g.masked_fill(begins, -1e4)
+        window = torch.cat([conv.masked_fill(begins.unsqueeze(2), 0), qkv.unsqueeze(1)], 1)
         mixed = (window.float() * self.conv1d(torch.float32).squeeze(-1).T).sum(1)
         y, new = delta.step(*self.heads(mixed), log_g, beta, memory)
         conv.copy_(window[:, 1:])
@@ -143,19 +145,20 @@ class Attention(nn.Module):
         return F.linear(y, self.o_proj(x.dtype))
 
     def step(self, x: Tensor, state: list[Tensor], cos: Tensor, sin: Tensor, at: Tensor) -> Tensor:
-        keys, values = state  # [B, L, kv_heads, D]
+        keys, values = state  # [B, kv_heads, L, D]
         q, gate, k, v = self.project(x, cos, sin)
-        keys.index_copy_(1, at, k.unsqueeze(1))
-        values.index_copy_(1, at, v.unsqueeze(1))
+        rows = torch.arange(len(x), device=x.device)
+        keys[rows, :, at] = k
+        values[rows, :, at] = v
         q = q.unflatten(1, (self.cfg.kv_heads, -1))  # [B, G, heads / G, D]
-        scores = torch.einsum("bghd,blgd->bghl", q, keys).float() * self.cfg.head_dim**-0.5
-        hidden = torch.arange(keys.shape[1], device=x.device) > at
+        scores = (q @ keys.mT).float() * self.cfg.head_dim**-0.5
+        hidden = torch.arange(keys.shape[2], device=x.device) > at[:, None, None, None]
         scores = scores.masked_fill(hidden, float("-inf")).softmax(-1).to(x.dtype)
-        y = torch.einsum("bghl,blgd->bghd", scores, values).flatten(1) * gate.sigmoid()
+        y = (scores @ values).flatten(1) * gate.sigmoid()
         return F.linear(y, self.o_proj(x.dtype))
 
     def state(self, batch: int, length: int, like: Tensor, dtype: torch.dtype) -> list[Tensor]:
-        shape = (batch, length, self.cfg.kv_heads, self.cfg.head_dim)
+        shape = (batch, self.cfg.kv_heads, length, self.cfg.head_dim)
         return [like.new_zeros(shape, dtype=dtype), like.new_zeros(shape, dtype=dtype)]
 
 
@@ -292,8 +295,11 @@ class Target(nn.Module):
         return F.linear(hidden.to(self.dtype), self.lm_head(self.dtype))
 
     def step(self, ids: Tensor, states: list[list[Tensor]], at: Tensor) -> Tensor:
-        """ids [B] at position ``at`` [1] -> logits [B, V]; the states are updated in place."""
-        cos, sin = self.angles(at)
+        """ids [B] at positions ``at`` [B] -> logits [B, V]; the states are updated in place.
+
+        A row at position 0 begins a new text.
+        """
+        cos, sin = (t.unsqueeze(1) for t in self.angles(at))
         x = self.embed(ids)
         for layer, state in zip(self.model.layers, states, strict=True):
             x = layer.step(x, state, cos, sin, at, self.dtype)

@@ -41,7 +41,7 @@ def step_difference(model: Target, length: int = 64) -> float:
     with torch.no_grad():
         whole = model.logits(model(ids)[0])
         states = model.states(2, length)
-        rows = [model.step(ids[:, t], states, torch.tensor([t])) for t in range(length)]
+        rows = [model.step(ids[:, t], states, torch.full((2,), t)) for t in range(length)]
     return float((torch.stack(rows, 1) - whole).abs().max())
 
 

@@ -1,17 +1,21 @@
 """Let the quantised target continue training prompts: the text the draft learns from.
 
-Prompts (half of them document beginnings) are fed token by token through the recurrent form, then
-the target goes on, greedily in most rows and at temperature 0.7 in the others. Writes one
-``.npz`` with ``tokens`` [N, L] uint16, ``size`` [N] (prompt tokens) and ``end`` [N] (one past the
-last token to learn from: a row stops after its first end-of-text, and ``--loop`` tokens after it
-begins to repeat itself), and prints how many rows loop.
+Prompts are fed token by token through the recurrent form, then the target goes on, greedily in most
+rows and at temperature 0.7 in the others. With ``--prompts`` (a file of ``mine.py``) a row that has
+ended makes room for the next prompt at once; with ``--tokens`` prompts are drawn from a token file,
+half of them document beginnings, and all rows of a batch run to its length. Writes one ``.npz``
+with ``tokens`` [N, L] uint16, ``size`` [N] (prompt tokens), ``first`` [N] (where the row begins to
+repeat itself) and ``end`` [N] (one past the last token to learn from: a row stops after its first
+end-of-text, and ``--loop`` tokens after ``first``), and prints how many rows repeat themselves.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -24,33 +28,39 @@ import export
 from model import Target
 from tokenise import EOS_ID, VOCAB
 
+EVERY = 8  # steps between two looks for rows that have ended
+Piece = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]  # tokens, size, first, stop, end
+
 
 class Generator:
-    """A fixed batch and length; one decoding step is captured once as a CUDA graph."""
+    """A fixed batch and length; one decoding step is captured once as a CUDA graph.
 
-    def __init__(self, model: Target, batch: int, length: int) -> None:
+    Every row has a position of its own, ``at`` [B], that of the last token it has.
+    """
+
+    def __init__(self, model: Target, batch: int, length: int, plain: bool = False) -> None:
         self.model = model
         device = model.lm_head.weight.device
         self.states = model.states(batch, length)
         self.tokens = torch.zeros(batch, length + 1, dtype=torch.int64, device=device)
         self.size = torch.zeros(batch, dtype=torch.int64, device=device)
         self.heat = torch.zeros(batch, 1, device=device)
-        self.at = torch.zeros(1, dtype=torch.int64, device=device)
+        self.at = torch.zeros(batch, dtype=torch.int64, device=device)
         self.length = length
         self.graph: torch.cuda.CUDAGraph | None = None
-        if device.type == "cuda":
+        if device.type == "cuda" and not plain:
             self.capture()
 
     def advance(self) -> None:
-        ids = self.tokens.index_select(1, self.at).squeeze(1)
+        ids = self.tokens.gather(1, self.at.unsqueeze(1)).squeeze(1)
         logits = self.model.step(ids, self.states, self.at).float()
         noise = -torch.empty_like(logits).exponential_().log()  # Gumbel
         new = (logits + self.heat * noise).argmax(-1)
-        follow = self.at + 1
-        given = self.tokens.index_select(1, follow).squeeze(1)
-        new = torch.where(follow < self.size, given, new)
-        self.tokens.index_copy_(1, follow, new.unsqueeze(1))
-        self.at.add_(1)
+        follow = (self.at + 1).unsqueeze(1)
+        given = self.tokens.gather(1, follow)
+        new = torch.where(follow < self.size.unsqueeze(1), given, new.unsqueeze(1))
+        self.tokens.scatter_(1, follow, new)
+        self.at.add_(1).clamp_(max=self.length - 1)
 
     def capture(self) -> None:
         for layer in self.model.model.layers:
@@ -68,27 +78,84 @@ class Generator:
     @torch.no_grad()
     def run(self, rows: Tensor, size: Tensor, heat: Tensor) -> Tensor:
         """rows [B, L] (prompt in front), size [B], heat [B] -> the same rows continued, [B, L]."""
-        for state in self.states:
-            for tensor in state:
-                tensor.zero_()
         self.tokens[:, : self.length] = rows
         self.size.copy_(size)
         self.heat.copy_(heat.unsqueeze(1))
         self.at.zero_()
-        for _ in range(self.length - 1):
+        self.steps(self.length - 1)
+        return self.tokens[:, : self.length].clone()
+
+    def steps(self, count: int) -> None:
+        for _ in range(count):
             if self.graph is None:
                 self.advance()
             else:
                 self.graph.replay()
-        return self.tokens[:, : self.length].clone()
+
+    @torch.no_grad()
+    def flow(self, feed: Feed, new: int, loop: int, warm: float, minutes: float) -> Iterator[Piece]:
+        """Rows in the order in which they end; stops after ``minutes`` or the last prompt.
+
+        A row ends at its end-of-text, ``loop`` tokens after it begins to repeat itself, or after
+        ``new`` tokens.
+        """
+        self.at.fill_(self.length - 1)
+        self.size.zero_()
+        busy = torch.zeros(len(self.at), dtype=torch.bool, device=self.at.device)
+        idle = torch.arange(len(self.at), device=self.at.device)
+        began, done, told, last = time.time(), 0, 0.0, 0
+        for turn in itertools.count():
+            rows, size = feed.take(len(idle))
+            at = idle[: len(rows)]
+            self.tokens[at] = rows
+            self.size[at], self.at[at], busy[at] = size, 0, True
+            self.heat[at] = 0.7 * (torch.rand(len(at), 1, device=at.device) < warm)
+            spent = time.time() - began
+            if not busy.any() or (minutes and spent > 60 * minutes):
+                return
+            if turn == 4 or spent - told > 20:
+                pace = 1000 * (spent - told) / EVERY / (turn - last)
+                print(f"{spent:.0f} s: {pace:.1f} ms a step, {done:,} rows", flush=True)
+                told, last = spent, turn
+            self.steps(EVERY)
+            known = torch.minimum(self.at + 1, self.size + new)
+            stop = ends(self.tokens, self.size, known)
+            first = repeats(self.tokens, self.size, stop)
+            end = torch.minimum(stop, first + loop)
+            over = (stop < known) | (end < known) | (known == self.size + new)
+            over |= self.at == self.length - 1
+            idle = (over & busy).nonzero().squeeze(1)
+            busy[idle] = False
+            done += len(idle)
+            text = self.tokens[idle, : self.length]
+            yield text, self.size[idle], first[idle], stop[idle], end[idle]
 
 
-def ends(tokens: Tensor, size: Tensor) -> Tensor:
-    """One past the first end-of-text of every response, or the row's length."""
+class Feed:
+    """The prompts of a file of ``mine.py``, one after another from ``skip`` on."""
+
+    def __init__(self, path: Path, length: int, device: str, skip: int) -> None:
+        self.stream = data.read(path, device)
+        self.stops = (self.stream == EOS_ID).nonzero().squeeze(1)
+        self.starts = torch.cat([self.stops.new_zeros(1), self.stops[:-1] + 1])
+        self.length, self.next = length, skip
+
+    def take(self, count: int) -> tuple[Tensor, Tensor]:
+        """Up to ``count`` rows [n, length + 1], of which the first ``size`` [n] tokens count."""
+        part = slice(self.next, self.next + count)
+        starts, size = self.starts[part], (self.stops - self.starts)[part]
+        self.next += len(starts)
+        steps = torch.arange(self.length + 1, device=starts.device)
+        where = (starts.unsqueeze(1) + steps).clamp_max(len(self.stream) - 1)
+        return self.stream[where].long(), size
+
+
+def ends(tokens: Tensor, size: Tensor, known: Tensor | None = None) -> Tensor:
+    """One past the first end-of-text of every response, or the row's (known) length."""
     steps = torch.arange(tokens.shape[1], device=tokens.device)
     stop = (tokens == EOS_ID) & (steps >= size.unsqueeze(1))
     first = torch.where(stop, steps, tokens.shape[1] - 1).amin(1)
-    return first + 1
+    return first + 1 if known is None else torch.minimum(first + 1, known)
 
 
 def repeats(tokens: Tensor, size: Tensor, end: Tensor, gram: int = 8) -> Tensor:
@@ -120,39 +187,15 @@ def line_ends(tokenizer: Path) -> Tensor:
     return torch.tensor([(table.id_to_token(i) or "").endswith("Ċ") for i in range(VOCAB)])
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--target", type=Path, required=True, help="quantised checkpoint")
-    parser.add_argument("--tokens", type=Path, required=True, help="folder of tokenise.py")
-    parser.add_argument("--out", type=Path, required=True, help="the .npz to write")
-    parser.add_argument("--batch", type=int, default=2048)
-    parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--minutes", type=float, default=0.0, help="instead of --rounds")
-    parser.add_argument("--length", type=int, default=448)
-    parser.add_argument("--low", type=int, default=32, help="shortest prompt")
-    parser.add_argument("--high", type=int, default=160, help="longest prompt + 1")
-    parser.add_argument("--warm", type=float, default=0.15, help="share of rows at T = 0.7")
-    parser.add_argument(
-        "--loop",
-        type=int,
-        default=1 << 16,
-        help="tokens to keep after a row begins to repeat itself",
-    )
-    parser.add_argument("--seed", type=int, default=1)
-    args = parser.parse_args()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    torch.set_float32_matmul_precision("high")
-    torch.manual_seed(args.seed)
-    kind = torch.bfloat16 if device == "cuda" else torch.float32
-    model = export.load(args.target, kind, device)
+def batches(args: argparse.Namespace, generator: Generator) -> Iterator[Piece]:
+    """Rows drawn from a token file, one batch of full length after another."""
+    device = generator.at.device
     newline = line_ends(args.target).to(device)
-    stream = data.read(args.tokens / "train.bin", device)
-    with torch.no_grad():
-        generator = Generator(model, args.batch, args.length)
-    kept: list[tuple[np.ndarray, ...]] = []
-    began, new, fresh, looping = time.time(), 0, 0, 0
-    i = 0
-    while time.time() - began < 60 * args.minutes if args.minutes else i < args.rounds:
+    stream = data.read(args.tokens / "train.bin", str(device))
+    began = time.time()
+    for i in itertools.count():
+        if time.time() - began > 60 * args.minutes if args.minutes else i == args.rounds:
+            return
         rows, size = data.prompts(
             stream, newline, args.batch, args.low, args.high, args.length, args.seed * 1000 + i
         )
@@ -160,23 +203,65 @@ def main() -> None:
         done = generator.run(rows, size, heat)
         stop = ends(done, size)
         first = repeats(done, size, stop)
-        end = torch.minimum(stop, first + args.loop)
+        yield done, size, first, stop, torch.minimum(stop, first + args.loop)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--target", type=Path, required=True, help="quantised checkpoint")
+    kinds = parser.add_mutually_exclusive_group(required=True)
+    kinds.add_argument("--prompts", type=Path, help="file of mine.py")
+    kinds.add_argument("--tokens", type=Path, help="folder of tokenise.py")
+    parser.add_argument("--out", type=Path, required=True, help="the .npz to write")
+    parser.add_argument("--batch", type=int, default=2048)
+    parser.add_argument("--minutes", type=float, default=0.0, help="0: all prompts, or --rounds")
+    parser.add_argument("--length", type=int, default=448, help="tokens of a row")
+    parser.add_argument("--warm", type=float, default=0.15, help="share of rows at T = 0.7")
+    parser.add_argument(
+        "--loop",
+        type=int,
+        default=1 << 16,
+        help="tokens to keep after a row begins to repeat itself",
+    )
+    parser.add_argument("--new", type=int, default=128, help="longest answer to --prompts")
+    parser.add_argument("--skip", type=int, default=0, help="first of the --prompts")
+    parser.add_argument("--rounds", type=int, default=20, help="batches from --tokens")
+    parser.add_argument("--low", type=int, default=32, help="shortest prompt from --tokens")
+    parser.add_argument("--high", type=int, default=160, help="longest prompt + 1, likewise")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--plain", action="store_true", help="no compiled step, no CUDA graph")
+    args = parser.parse_args()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.set_float32_matmul_precision("high")
+    torch.manual_seed(args.seed)
+    kind = torch.bfloat16 if device == "cuda" else torch.float32
+    model = export.load(args.target, kind, device)
+    with torch.no_grad():
+        generator = Generator(model, args.batch, args.length, args.plain)
+    began = time.time()
+    if args.prompts:
+        feed = Feed(args.prompts, args.length, device, args.skip)
+        pieces = generator.flow(feed, args.new, args.loop, args.warm, args.minutes)
+    else:
+        pieces = batches(args, generator)
+    kept: list[tuple[np.ndarray, ...]] = []
+    new, fresh, looping = 0, 0, 0
+    for done, *spans in pieces:
+        size, first, stop, end = spans
         new, fresh = new + int((end - size).sum()), fresh + int((first - size).sum())
         looping += int((first < stop).sum())
-        kept.append(
-            (
-                done.cpu().numpy().astype(np.uint16),
-                *(x.cpu().numpy().astype(np.int32) for x in (size, end)),
-            )
-        )
-        i += 1
-    tokens, size, end = (np.concatenate(part) for part in zip(*kept, strict=True))
-    np.savez(args.out, tokens=tokens, size=size, end=end)
+        numbers = (x.cpu().numpy().astype(np.int32) for x in (size, first, end))
+        kept.append((done.cpu().numpy().astype(np.uint16), *numbers))
+    names = ("tokens", "size", "first", "end")
+    columns = (np.concatenate(part) for part in zip(*kept, strict=True))
+    stored = dict(zip(names, columns, strict=True))
+    np.savez(args.out, **stored)
     report = {
-        "rows": len(tokens),
+        "rows": len(stored["size"]),
+        "prompt_tokens": int(stored["size"].sum()),
         "new_tokens": new,
         "before_repeating": fresh,
-        "repeating_share": round(looping / len(tokens), 3),
+        "repeating_share": round(looping / len(stored["size"]), 3),
         "seconds": round(time.time() - began, 1),
     }
     args.out.with_suffix(".json").write_text(json.dumps(report) + "\n")
