@@ -246,22 +246,19 @@ def main() -> None:
         pieces = batches(args, generator)
     kept: list[tuple[np.ndarray, ...]] = []
     new, fresh, looping = 0, 0, 0
-    for done, *spans in pieces:
-        size, first, stop, end = spans
+    for done, size, first, stop, end in pieces:
         new, fresh = new + int((end - size).sum()), fresh + int((first - size).sum())
         looping += int((first < stop).sum())
         numbers = (x.cpu().numpy().astype(np.int32) for x in (size, first, end))
         kept.append((done.cpu().numpy().astype(np.uint16), *numbers))
-    names = ("tokens", "size", "first", "end")
-    columns = (np.concatenate(part) for part in zip(*kept, strict=True))
-    stored = dict(zip(names, columns, strict=True))
-    np.savez(args.out, **stored)
+    tokens, sizes, starts, stops = (np.concatenate(part) for part in zip(*kept, strict=True))
+    np.savez(args.out, tokens=tokens, size=sizes, first=starts, end=stops)
     report = {
-        "rows": len(stored["size"]),
-        "prompt_tokens": int(stored["size"].sum()),
+        "rows": len(sizes),
+        "prompt_tokens": int(sizes.sum()),
         "new_tokens": new,
         "before_repeating": fresh,
-        "repeating_share": round(looping / len(stored["size"]), 3),
+        "repeating_share": round(looping / len(sizes), 3),
         "seconds": round(time.time() - began, 1),
     }
     args.out.with_suffix(".json").write_text(json.dumps(report) + "\n")
