@@ -92,7 +92,8 @@ def main() -> None:
     kept = 0
     for i in range(0, len(texts), 4096):
         for piece in tokenizer.encode_batch_fast(texts[i : i + 4096]):
-            if args.low <= len(piece.ids) <= args.high and kept < args.count:
+            fits = args.low <= len(piece.ids) <= args.high and EOS_ID not in piece.ids
+            if fits and kept < args.count:
                 out.append(np.array([*piece.ids, EOS_ID], dtype="<u2"))
                 kept += 1
         if kept == args.count:
