@@ -33,12 +33,18 @@ NOWHERE = -(2**30)  # a place before all others
 
 
 class Walk(NamedTuple):
-    """A verified tree whose greedy walk the device is to find. tokens, parents: int32 [rows];
-    verdict: int32 [rows, 2], as kernels.top_tokens."""
+    """A verified tree whose greedy walk the device is to find.
 
-    tokens: np.ndarray
-    parents: np.ndarray
+    tree: int32, tokens of all rows, then their parents, as an array of the host or on the device;
+    verdict: int32 [rows, 2], as kernels.top_tokens.
+    """
+
+    tree: np.ndarray | mx.array
     verdict: mx.array
+
+    @property
+    def on_device(self) -> bool:
+        return isinstance(self.tree, mx.array)
 
 
 class DraftGraph:
@@ -113,7 +119,7 @@ class DraftGraph:
             reached.append(min(-(-last_place // STEP) * STEP, cache.rows.shape[2]))
         numbers = np.concatenate(
             [
-                *((walk.tokens, walk.parents) if walk is not None else ()),
+                *((walk.tree,) if walk is not None and not walk.on_device else ()),
                 [count, *(length - cache.start for cache in caches)],
                 [*rows, *[0] * (block - count)],  # those that do not count are any
                 [bonus, *[config.mask_token_id] * config.slots],
@@ -122,7 +128,8 @@ class DraftGraph:
         ).astype(np.int32)
         buffers = tuple(cache.rows.shape[2] for cache in caches)
         shapes = len(told.parts), *told.parts[0].shape
-        kind = width, slots, *reached, buffers, shapes, told.parts[0].dtype, walk is not None
+        known = None if walk is None else walk.on_device
+        kind = width, slots, *reached, buffers, shapes, told.parts[0].dtype, known
         graph = self._graphs.of(kind, partial(self._body, width, slots, reached))
         cos, sin = self._rope.run(length, 2 * block)
         found, rows, written = graph(
@@ -130,6 +137,7 @@ class DraftGraph:
                 "told": list(told.parts),
                 "numbers": mx.array(numbers),
                 "verdict": [] if walk is None else [walk.verdict],
+                "tree": [walk.tree] if walk is not None and walk.on_device else [],
                 "cos": cos,
                 "sin": sin,
                 "rows": [cache.rows for cache in caches],
@@ -149,7 +157,9 @@ class DraftGraph:
         config, weights, numbers = self._config, self._weights, given["numbers"]
         block, layers = config.block_size, config.num_layers
         for verdict in given["verdict"]:
-            numbers = walked(verdict, numbers, layers, block)
+            # the host's tree comes before its numbers
+            tree = given["tree"][0] if given["tree"] else numbers
+            numbers = walked(verdict, tree, numbers, layers, block)
         places = [numbers[1 + i : 2 + i] for i in range(layers)]
         told = tapped_rows(given["told"], numbers[1 + layers : 1 + layers + block])
         at = 1 + layers + block

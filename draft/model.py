@@ -183,19 +183,24 @@ class Draft:
         """
         try:
             if self.compiled:
-                return self._finished(bonus, width, slots)
+                return as_block(np.array(self.answer(bonus, width, slots)))
             return top_candidates(self._logits(self._forward(bonus)[:slots]), width)
         except NonFiniteError:
-            self._forward(bonus, probe=True)
+            self.probe(bonus)
             raise
 
-    def _finished(self, bonus: int, width: int, slots: int | None) -> Block:
-        """The proposal that was begun, or one that is begun now."""
+    def probe(self, bonus: int) -> None:
+        """NonFiniteError, naming the layer, where NaN or Inf first appears in a proposal."""
+        self._forward(bonus, probe=True)
+
+    def answer(self, bonus: int, width: int, slots: int | None = None) -> mx.array:
+        """What `propose` finds, as kernels.top_tokens gives it: begun, maybe long ago, and not
+        waited for. Only where passes are compiled."""
         begun, self._begun = self._begun, None
         if begun is None or not begun.answers(bonus, width, slots):
             begun = self._begin(self._waiting, bonus, width, slots)
             self._know(0 if self._waiting is None else len(self._waiting))
-        return as_block(np.array(begun.found))
+        return begun.found
 
     def _begin(
         self,

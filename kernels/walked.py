@@ -6,15 +6,18 @@ from specdec.kernels.executor import operation
 
 
 @operation()
-def walked(verdict: mx.array, asked: mx.array, layers: int, block: int) -> mx.array:
+def walked(
+    verdict: mx.array, tree: mx.array, numbers: mx.array, layers: int, block: int
+) -> mx.array:
     """The numbers of a draft's pass (specdec.draft.graph) with the walk's path for told rows.
 
-    verdict: int32 [rows, 2], as kernels.top_tokens; asked: int32, the tree's tokens, its parents,
-    then the numbers of a pass of which nothing was told: the places seen are counted on from it,
-    and where the first would be none it is below 0.
+    verdict: int32 [rows, 2], as kernels.top_tokens; tree: int32, tokens of all rows, then their
+    parents; numbers: int32, its last are those of a pass of which nothing was told: the places seen
+    are counted on from it, and where the first would be none it is below 0.
     """
     rows = verdict.shape[0]
-    tokens, parents, numbers = asked[:rows], asked[rows : 2 * rows], asked[2 * rows :]
+    tokens, parents = tree[:rows], tree[rows : 2 * rows]
+    numbers = numbers[-(1 + layers + 2 * block + 4 * block * layers) :]
     last, length, bonus = mx.array(0), mx.array(1), verdict[0, 0]
     path = mx.zeros(max(block, rows), mx.int32)
     for row in range(1, rows):

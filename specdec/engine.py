@@ -10,11 +10,11 @@ from time import perf_counter
 import numpy as np
 
 from specdec.auto_budget import Auto
-from specdec.budget import Budget
+from specdec.budget import Budget, Fixed
 from specdec.chooser import chooser
 from specdec.draft.graph import Walk
 from specdec.draft.model import Draft
-from specdec.errors import SpecdecError
+from specdec.errors import NonFiniteError, SpecdecError
 from specdec.interrupt import Interrupts
 from specdec.kernels.array import concatenate
 from specdec.kernels.gpu.limits import TREE_NODES
@@ -22,6 +22,7 @@ from specdec.kernels.tapped import Taps
 from specdec.round import PhaseSeconds, Prefill, Round
 from specdec.round_costs import RoundCosts
 from specdec.sampling import GREEDY, Sampling
+from specdec.target.grown_tree import GrownTree
 from specdec.target.model import Target
 from specdec.target.pending import Output
 from specdec.tree.block import Block
@@ -106,8 +107,12 @@ class Engine:
         times = [perf_counter()]
         tree = DraftTree.root(self._bonus)
         self.target.foresee(tree)  # its reads go on while the draft is asked
-        block = self._propose(limit) if limit > 1 else None
-        if block is None and told >= CATCH_UP_ROWS:
+        block = grown = None
+        if self._grows(budget, limit, kind):
+            grown = self._grow(limit)
+        elif limit > 1:
+            block = self._propose(limit)
+        elif told >= CATCH_UP_ROWS:
             self._tell_draft()
         told -= self._untold_rows()
         times.append(perf_counter())
@@ -115,10 +120,12 @@ class Engine:
             tree = budget.cut(self.chooser.grow(self._bonus, block, limit, kind))
             self.target.foresee(tree)
         times.append(perf_counter())
-        output = self.target.verify(tree)
+        output = self.target.verify(grown or tree)
         verified = perf_counter()
-        begun = self._look_past(limit, tree, output)
+        begun = self._look_past(limit, grown or tree, output)
         ahead = perf_counter() - verified if begun else 0.0
+        if grown is not None:
+            tree = self._known(grown)
         path, bonus = self.chooser.walk(tree, output.logits, output.verdict)
         times.append(perf_counter())
         taps = [Taps(output.tapped, path)] if self._drafting else []
@@ -149,16 +156,43 @@ class Engine:
         budget.learn(done)
         return done
 
+    def _grows(self, budget: Budget, limit: int, kind: str) -> bool:
+        """Whether a GPU grows the tree by itself, before the host has read what it drafted."""
+        draft = self.draft
+        ready = limit > 1 and draft is not None and draft.compiled and self._drafting
+        # what is cut is chosen by the host
+        chosen = isinstance(budget, Fixed) and kind == "best-first" and self.chooser.on_device
+        return ready and chosen and self.target.can_grow(limit)
+
+    def _grow(self, budget: int) -> GrownTree:
+        draft, asked = self._asked(budget)
+        return self.target.grow(draft.answer(*asked), asked[0], budget)
+
+    def _known(self, grown: GrownTree) -> DraftTree:
+        """The tree, once the draft is done."""
+        assert self.draft is not None
+        assert self._bonus is not None
+        try:
+            return grown.host
+        except NonFiniteError:
+            self.draft.probe(self._bonus)
+            raise
+
     def _propose(self, budget: int) -> Block:
+        draft, asked = self._asked(budget)
+        return draft.propose(*asked)
+
+    def _asked(self, budget: int) -> tuple[Draft, tuple[int, int, int]]:
+        """The draft, told of all that is committed, and what to ask it for."""
         if self.draft is None or not self._drafting:
             raise SpecdecError(f"budget {budget} needs a draft model; budget 1 does not")
         assert self._bonus is not None
         self._tell_draft()
         assert self.draft.length == self.target.length
         # a tree is nowhere deeper than it has nodes
-        return self.draft.propose(self._bonus, self.chooser.width(budget), budget)
+        return self.draft, (self._bonus, self.chooser.width(budget), budget)
 
-    def _look_past(self, limit: int, tree: DraftTree, output: Output) -> bool:
+    def _look_past(self, limit: int, tree: DraftTree | GrownTree, output: Output) -> bool:
         """Let a GPU go on with what the next round will ask for if it is like this one, before the
         host knows the path; whether the draft is at work then."""
         verdict = output.verdict
@@ -170,7 +204,10 @@ class Engine:
             return False
         if self.draft is None or not self.draft.compiled:
             return False
-        walk = Walk(tree.tokens, tree.parents, verdict.rows)
+        if isinstance(tree, GrownTree):
+            walk = Walk(tree.made.tree, verdict.rows)
+        else:
+            walk = Walk(np.concatenate([tree.tokens, tree.parents]), verdict.rows)
         self.draft.look_past(output.tapped, walk, self.chooser.width(limit), limit)
         return True
 

@@ -6,7 +6,7 @@ between the two leaves the session as it was.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any, NoReturn, Self
 
@@ -21,6 +21,8 @@ from specdec.kernels.array import (
     finite_rows,
     start,
 )
+from specdec.kernels.gpu.grown import grown
+from specdec.kernels.gpu.limits import MAX_ROWS, refused
 from specdec.kernels.layout import TreeLayout
 from specdec.kernels.linear import embed, linear
 from specdec.kernels.norm import Norm
@@ -32,6 +34,7 @@ from specdec.target.commit_graph import CommitGraph
 from specdec.target.config import FULL, TargetConfig
 from specdec.target.expert_cache import ExpertCache
 from specdec.target.gated_delta import GatedDelta
+from specdec.target.grown_tree import GrownTree
 from specdec.target.layer_clock import LayerClock
 from specdec.target.manifest import Manifest
 from specdec.target.mlp import MLP, MoE
@@ -168,12 +171,29 @@ class Target:
         """A tree is about to be verified, maybe with more nodes: its experts may be read ahead."""
         self.prefetcher.foresee(tree.tokens)
 
-    def verify(self, tree: DraftTree) -> Output:
+    def can_grow(self, nodes: int) -> bool:
+        """Whether `grow` does."""
+        return self.compiled and not refused and nodes <= min(self.config.vocab_size, MAX_ROWS - 1)
+
+    def grow(self, found: Array, bonus: int, nodes: int) -> GrownTree:
+        """The best-first tree of so many nodes under the bonus token, grown by the GPU itself, to
+        be verified next: found, as kernels.top_tokens, with as many candidates for each slot."""
+        gdn = self.config.gdn
+        length, taps = self.state.length, 0 if gdn is None else gdn.conv_kernel
+        turn = self.rope.run(length, len(found) + 1)
+        return GrownTree(grown(found, bonus, length, turn, nodes + 1, taps))
+
+    def verify(self, tree: DraftTree | GrownTree) -> Output:
         """Run all rows of a tree after the committed tokens; commits nothing.
 
         Logits may be NaN or Inf in rows that a draft alone led to: commit looks at its path.
         """
         ahead, self._ahead, self._pending = self._ahead, None, None
+        if isinstance(tree, GrownTree):
+            some = TreeLayout.of(np.arange(-1, tree.rows - 1))
+            this = TreePass(self.state, self.rope, some, tree)
+            self._pending = replace(self._begin(tree.made.tokens, this), grown=tree)
+            return self._pending.output
         # of the committed state it is only once what it was begun behind is committed
         committed = ahead is not None and ahead.this.state is self.state
         if ahead is None or not (committed and np.array_equal(ahead.host_tokens(), tree.tokens)):
@@ -220,6 +240,7 @@ class Target:
         assert self._pending is not None, "commit without a verified tree"
         pending, self._pending = self._pending, None
         ahead, self._ahead = self._ahead, None
+        pending.this.known()
         tokens = pending.host_tokens()
         if not pending.host_finite()[list(path)].all():
             rows = tokens[list(path)]

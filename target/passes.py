@@ -25,6 +25,7 @@ from specdec.kernels.gated_delta import (
 )
 from specdec.kernels.layout import TreeLayout
 from specdec.kernels.linear import Piece
+from specdec.target.grown_tree import GrownTree
 from specdec.target.state import Projected, State
 
 # experts by MoE layer, the rows and the last of each tape by gated delta layer, and what was staged
@@ -128,13 +129,25 @@ class PromptPass(Pass):
 class TreePass(Pass):
     """A tree's rows, each after the committed tokens and its own ancestors."""
 
-    def __init__(self, state: State, rope: Turns, tree: TreeLayout) -> None:
+    def __init__(
+        self, state: State, rope: Turns, tree: TreeLayout, grown: GrownTree | None = None
+    ) -> None:
+        """grown: a tree of which the host knows the size alone; until `known` another of as many
+        rows stands for it."""
         super().__init__(state, rope, (state.length + tree.depths).astype(np.int32))
-        self.tree = tree
+        self.tree, self.grown = tree, grown
         self.layout = AttentionLayout(tree, state.length)
         self._tapes: dict[int, Tape] = {}
         # But a lone root's is where it belongs, and so is what was written in place.
         self._staged: dict[int, tuple[Array, Array]] = {}
+
+    def known(self) -> None:
+        """Have `tree` be the tree itself; waits for it."""
+        if self.grown is not None:
+            self.tree = TreeLayout.of(self.grown.host.parents)
+            self.positions = (self.state.length + self.tree.depths).astype(np.int32)
+            self.layout = AttentionLayout(self.tree, self.state.length)
+            self.grown = None
 
     def turn_of_root(self) -> tuple[Array, Array]:
         """cos and sin of the root's position, on the device."""

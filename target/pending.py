@@ -9,6 +9,7 @@ import numpy as np
 
 from specdec.kernels.array import Array, to_numpy
 from specdec.kernels.tapped import Taps
+from specdec.target.grown_tree import GrownTree
 from specdec.target.passes import TreePass
 
 
@@ -62,15 +63,16 @@ class Output:
 @dataclass(frozen=True, eq=False)
 class Pending:
     """tokens int32 [rows], maybe known to the device alone; finite bool [rows], of the logits,
-    where there is no verdict."""
+    where there is no verdict; grown: the tree, where a GPU grew it."""
 
     tokens: Array
     this: TreePass
     output: Output
     finite: Array | None
+    grown: GrownTree | None = None
 
     def host_tokens(self) -> np.ndarray:
-        return to_numpy(self.tokens)
+        return to_numpy(self.tokens) if self.grown is None else self.grown.host.tokens
 
     def host_finite(self) -> np.ndarray:
         verdict = self.output.verdict

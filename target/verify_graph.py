@@ -13,11 +13,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from specdec.kernels.array import Array, start
+from specdec.kernels.array import Array, start, to_numpy
 from specdec.kernels.attention_inputs import AttentionShape, staged_inputs
 from specdec.kernels.gpu.graphs import Graphs
 from specdec.kernels.gpu.limits import MAX_ROWS, refused
 from specdec.kernels.gpu.prepared import Prepared, prepare
+from specdec.kernels.gpu.tree_program import place_of
 from specdec.kernels.layout import TreeLayout
 from specdec.target.config import TargetConfig
 from specdec.target.passes import TreePass
@@ -61,7 +62,7 @@ class VerifyGraph(Graphs):
         """What the body returns; the pass and its state are as if it had run on them."""
         # A reference reads the tree on the host, so its graph would be this very pass's alone.
         if refused or len(tokens) > MAX_ROWS:
-            return self._body(self._layers, tokens, {}, this)
+            return self._uncompiled(tokens, this)
         made = self._prepared(tokens, this)
         rows: list[Any] = [made.tokens, {}]
         for part in self._parts:
@@ -70,11 +71,20 @@ class VerifyGraph(Graphs):
             rows = self._run(part, made, rows, this)
             if refused:  # while it was built
                 self.clear()
-                return self._body(self._layers, tokens, {}, this)
+                return self._uncompiled(tokens, this)
         return tuple(rows)
+
+    def _uncompiled(self, tokens: Array, this: TreePass) -> tuple[Any, ...]:
+        this.known()
+        return self._body(self._layers, to_numpy(tokens), {}, this)
 
     def _prepared(self, tokens: Array, this: TreePass) -> Prepared:
         gdn = this.state.config.gdn
+        if this.grown is not None:
+            made = this.grown.made
+            this.layout.on_device["paths"] = made.paths
+            program = {} if gdn is None else {place_of(gdn.conv_kernel): made.program}
+            return Prepared(made.tokens, made.turn, program)
         # the host's rows of a tree go the way of its numbers
         turn = this.turn_of_root() if this.tree.rows == 1 else this.turn(this.positions)
         return prepare(this.layout, None if gdn is None else gdn.conv_kernel, tokens, turn)

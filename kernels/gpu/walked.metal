@@ -1,7 +1,7 @@
 // The greedy walk down a verified tree, put into what a draft is asked next.
-// verdict int [rows, 2]: the most probable token after each row first; asked int [2 * rows + count]:
-// the tree's tokens, its parents, then the numbers of a draft's pass after which no row was told
-// (specdec/draft/graph.py) -> numbers int [count], the rows of the path told
+// verdict int [rows, 2]: the most probable token after each row first; tree int [2 * rows or more]:
+// tokens, parents; asked int [count or more], its last: the numbers of a draft's pass after which no
+// row was told (specdec/draft/graph.py) -> numbers int [count], the rows of the path told
 // grid (128, 1, 1), threadgroup (128, 1, 1)
 SHARED(int, path, 32);
 SHARED(int, found, 2);
@@ -11,7 +11,7 @@ if (me == 0) {
   int last = 0, length = 1, bonus = verdict[0];
   path[0] = 0;
   for (int row = 1; row < rows; ++row) {
-    if (asked[rows + row] == last && asked[row] == bonus) {
+    if (tree[rows + row] == last && tree[row] == bonus) {
       path[length] = row;
       length = length + 1;
       last = row;
@@ -23,8 +23,9 @@ if (me == 0) {
 }
 threadgroup_barrier(mem_flags::mem_threadgroup);
 const int length = found[0];
-auto from = asked + 2 * rows;
-for (int i = me; i < 1 + LAYERS + 2 * BLOCK + 4 * BLOCK * LAYERS; i += 128) {
+constexpr int COUNT = 1 + LAYERS + 2 * BLOCK + 4 * BLOCK * LAYERS;
+auto from = asked + (asked_shape[0] - COUNT);
+for (int i = me; i < COUNT; i += 128) {
   int value = from[i];
   const int told = i - 1 - LAYERS;
   const int id = told - BLOCK;

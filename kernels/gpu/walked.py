@@ -8,21 +8,28 @@ from specdec.kernels.gpu.kernel import Launch, MetalKernel
 from specdec.kernels.gpu.limits import MAX_ROWS, Unsupported
 
 WALKED = MetalKernel(
-    "walked", inputs=("verdict", "asked"), outputs=("numbers",), template=("LAYERS", "BLOCK")
+    "walked",
+    inputs=("verdict", "tree", "asked"),
+    outputs=("numbers",),
+    template=("LAYERS", "BLOCK"),
 )
 
 
-def walked(verdict: mx.array, asked: mx.array, layers: int, block: int) -> mx.array:
-    (numbers,) = _launch(verdict.shape[0], asked.shape[0], layers, block)(verdict, asked)
-    return numbers
+def walked(
+    verdict: mx.array, tree: mx.array, numbers: mx.array, layers: int, block: int
+) -> mx.array:
+    launch = _launch(verdict.shape[0], tree.shape[0], numbers.shape[0], layers, block)
+    (found,) = launch(verdict, tree, numbers)
+    return found
 
 
 @cache
-def _launch(rows: int, asked: int, layers: int, block: int) -> Launch:
+def _launch(rows: int, tree: int, numbers: int, layers: int, block: int) -> Launch:
     if not 1 <= rows <= MAX_ROWS:
         raise Unsupported(f"kernel walked: {rows} rows, expected 1 to {MAX_ROWS}")
     count = 1 + layers + 2 * block + 4 * block * layers
-    assert asked == 2 * rows + count
+    assert tree >= 2 * rows
+    assert numbers >= count
     return WALKED.launch(
         [(count,)],
         [mx.int32],

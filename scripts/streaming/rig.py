@@ -146,7 +146,7 @@ class Rig:
             script.chosen = script.chosen[-1:]
             return script.after(output)
 
-        target.verify = verified  # type: ignore[method-assign]
+        target.verify = verified  # type: ignore[method-assign, assignment]
         target.prefill = prefilled  # type: ignore[method-assign]
         if engine.draft is not None:
             draft = engine.draft

@@ -13,9 +13,11 @@ from specdec.draft.model import Draft
 from specdec.engine import Engine
 from specdec.errors import NonFiniteError
 from specdec.kernels.array import Backend
-from specdec.kernels.gpu.limits import MAX_ROWS
+from specdec.kernels.gpu.in_place import write_in_place
+from specdec.kernels.gpu.limits import MAX_ROWS, refused
 from specdec.sampling import Sampling
-from specdec.tree.block import Block
+from specdec.target.model import Target
+from specdec.target.verify_graph import VerifyGraph
 from tests.checkpoints import FAMILIES, write_checkpoint
 from tests.drafts import write_draft
 from tests.graphs import graphs_on_shim
@@ -31,7 +33,7 @@ COUNT = 8
 
 @pytest.fixture
 def on_shim():
-    with graphs_on_shim():
+    with graphs_on_shim(), write_in_place():
         yield
 
 
@@ -50,19 +52,19 @@ def engine(tmp_path, on_shim):
 
 def knowing(engine: Engine, answer: list[int], monkeypatch) -> None:
     """The random draft's proposals are made, and then set right, sometimes by the second choice."""
-    propose, rng = Draft.propose, np.random.default_rng(1)
+    answered, rng = Draft.answer, np.random.default_rng(1)
 
     def known(self, bonus, width, slots=None):
-        found = propose(self, bonus, width, slots)
-        at = self.length - len(PROMPT) + 1
-        tokens = found.tokens.copy()
+        found = np.array(answered(self, bonus, width, slots))
+        at, width = self.length - len(PROMPT) + 1, (found.shape[1] - 3) // 2
+        tokens = found[:, :width].copy()
         for slot, token in enumerate(answer[at : at + len(tokens)]):
             place = int(rng.random() < 0.3)
             others = tokens[slot][tokens[slot] != token][: width - 1]
             tokens[slot] = np.insert(others, place, token)
-        return Block(tokens, found.log_probs)
+        return mx.array(np.concatenate([tokens, found[:, width:]], axis=1))
 
-    monkeypatch.setattr(Draft, "propose", known)
+    monkeypatch.setattr(Draft, "answer", known)
 
 
 @pytest.mark.parametrize("sampling", [Sampling(), Sampling(temperature=0.8, seed=3)], ids=str)
@@ -82,6 +84,13 @@ def test_rounds_of_all_budgets_are_plain_decoding(engine, sampling, monkeypatch)
         monkeypatch.setattr(Draft, way, look)
     found = [engine.prefill(PROMPT, True, sampling=sampling).token]
     accepted = []
+    grown, grow = [], Target.grow
+
+    def grows(self, found, bonus, nodes):
+        grown.append(nodes)
+        return grow(self, found, bonus, nodes)
+
+    monkeypatch.setattr(Target, "grow", grows)
     for budget in (3, 3, 1, 1, 5, 2):
         done = engine.step(Fixed(budget))
         accepted.append(done.accepted)
@@ -91,15 +100,18 @@ def test_rounds_of_all_budgets_are_plain_decoding(engine, sampling, monkeypatch)
     assert sum(accepted) > 2
     # after each drafted round, by the device's own walk where tokens are not drawn
     assert ahead == 4 * ["look_past" if sampling.greedy else "look_ahead"]
+    assert grown == ([3, 3, 5, 2] if sampling.greedy else [])
 
 
 def test_with_and_without_looking_ahead_everything_is_the_same(engine, monkeypatch):
     """Tokens, trees, the target's state and the draft's answers, to the bit; also where a round
     fails and is run again, and where another prompt comes."""
     found = []
-    for ahead in ("look_past", "look_ahead", ""):
-        ahead_, past = Engine._look_ahead, Engine._look_past
-        if ahead != "look_past":
+    for ahead in ("grown", "look_past", "look_ahead", ""):
+        ahead_, past, grows = Engine._look_ahead, Engine._look_past, Engine._grows
+        if ahead != "grown":
+            monkeypatch.setattr(Engine, "_grows", lambda *ask: False)
+        if ahead not in ("grown", "look_past"):
             monkeypatch.setattr(Engine, "_look_past", lambda *ask: False)
         if not ahead:
             monkeypatch.setattr(Engine, "_look_ahead", lambda *ask: None)
@@ -121,9 +133,38 @@ def test_with_and_without_looking_ahead_everything_is_the_same(engine, monkeypat
         rounds.append(engine.step(Fixed(3)))
         block = engine.draft.propose(5, 3)
         words = [
-            (r.tokens, r.tree.tokens.tolist(), r.tree.log_weights.tobytes(), r.told) for r in rounds
+            (r.tokens, r.tree.tokens.tolist(), r.tree.parents.tolist(), r.told) for r in rounds
         ]
         found.append((words, state, block.log_probs.tobytes()))
         monkeypatch.setattr(Engine, "_look_past", past)
         monkeypatch.setattr(Engine, "_look_ahead", ahead_)
-    assert found[0] == found[1] == found[2]
+        monkeypatch.setattr(Engine, "_grows", grows)
+    assert found == found[:1] * 4
+
+
+def test_a_grown_tree_of_numbers_that_are_not_finite_is_an_error_that_names_the_layer(engine):
+    engine.prefill(PROMPT)
+    weights = engine.draft.weights.layers[1].down.data
+    weights[3, 3] = float("nan")
+    before = state_bytes(engine.target)
+    with pytest.raises(NonFiniteError, match="layer 1 of the draft"):
+        engine.step(Fixed(3))
+    assert state_bytes(engine.target) == before
+
+
+def test_a_grown_tree_is_verified_without_its_graph_where_a_kernel_refuses(engine, monkeypatch):
+    engine.prefill(PROMPT)
+    expected = engine.step(Fixed(3))
+    engine.prefill(PROMPT)
+    trace = VerifyGraph._trace
+
+    def refuse(*given):
+        refused["of a test"] = None
+        return trace(*given)
+
+    engine.target._graph.clear()
+    monkeypatch.setattr(VerifyGraph, "_trace", refuse)
+    done = engine.step(Fixed(3))
+    refused.clear()
+    assert (done.tokens, done.path) == (expected.tokens, expected.path)
+    np.testing.assert_array_equal(done.tree.parents, expected.tree.parents)

@@ -16,7 +16,7 @@ NVCC = shutil.which("nvcc")
 FLOAT, INT = mx.bfloat16, mx.int32
 SOURCES = {
     "tapped": lambda: cuda_source(TAPPED, [INT, *[FLOAT] * 8], [FLOAT], {"T": FLOAT, "PARTS": 5}),
-    "walked": lambda: cuda_source(WALKED, [INT, INT], [INT], {"LAYERS": 2, "BLOCK": 8}),
+    "walked": lambda: cuda_source(WALKED, [INT, INT, INT], [INT], {"LAYERS": 2, "BLOCK": 8}),
 }
 
 
@@ -26,7 +26,7 @@ def test_rules():
 
 def test_what_is_not_taken():
     with pytest.raises(Unsupported, match="33 rows"):
-        walked(mx.zeros((33, 2), INT), mx.zeros(66, INT), 1, 4)
+        walked(mx.zeros((33, 2), INT), mx.zeros(66, INT), mx.zeros(90, INT), 1, 4)
 
 
 @pytest.mark.skipif(NVCC is None, reason="nvcc is not installed")

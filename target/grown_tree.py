@@ -1,0 +1,30 @@
+"""GrownTree: a draft tree that a GPU grew and the host need not have read."""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from specdec.errors import NonFiniteError
+from specdec.kernels.gpu.grown import Grown
+from specdec.tree.draft_tree import DraftTree
+
+
+@dataclass(frozen=True, eq=False)
+class GrownTree:
+    """made: the tree, and what kernels read of it, on the device."""
+
+    made: Grown
+
+    @property
+    def rows(self) -> int:
+        return len(self.made.tokens)
+
+    @cached_property
+    def host(self) -> DraftTree:
+        """The tree; waits for the draft. NonFiniteError on NaN or Inf in its logits."""
+        numbers = np.array(self.made.tree)
+        if not numbers[-1]:
+            raise NonFiniteError("NaN or Inf in the draft's logits")
+        tokens, parents, weights = numbers[:-1].reshape(3, self.rows)
+        return DraftTree(tokens, parents, weights.view(np.float32).astype(np.float64))
