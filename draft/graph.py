@@ -47,6 +47,14 @@ class Walk(NamedTuple):
         return isinstance(self.tree, mx.array)
 
 
+class Asked(NamedTuple):
+    """found: int32 [slots, 2 * width + 3], as kernels.top_tokens; came: of the round that was
+    walked, int32 [CAME], as kernels.walked."""
+
+    found: mx.array
+    came: mx.array | None = None
+
+
 class DraftGraph:
     """The graphs of one draft."""
 
@@ -91,14 +99,12 @@ class DraftGraph:
         width: int,
         slots: int,
         walk: Walk | None = None,
-    ) -> mx.array:
+    ) -> Asked:
         """Begin a pass after `length` known tokens and the told rows, a block's at most.
 
         With a walk, the rows told are its path, of the taps' parts, and the bonus token is the one
-        that it finds: told has no rows, and bonus is not looked at.
-
-        int32 [slots, 2 * width + 3], as kernels.top_tokens. Keys and values of the told rows stand
-        in the caches afterwards, behind their end.
+        that it finds: told has no rows, and bonus is not looked at. Keys and values of the told
+        rows stand in the caches afterwards, behind their end.
         """
         config = self._config
         told = self._none if told is None else told
@@ -124,6 +130,7 @@ class DraftGraph:
                 [*rows, *[0] * (block - count)],  # those that do not count are any
                 [bonus, *[config.mask_token_id] * config.slots],
                 *(table.ravel() for table in tables),
+                [length],
             ]
         ).astype(np.int32)
         buffers = tuple(cache.rows.shape[2] for cache in caches)
@@ -132,7 +139,7 @@ class DraftGraph:
         kind = width, slots, *reached, buffers, shapes, told.parts[0].dtype, known
         graph = self._graphs.of(kind, partial(self._body, width, slots, reached))
         cos, sin = self._rope.run(length, 2 * block)
-        found, rows, written = graph(
+        found, came, rows, written = graph(
             {
                 "told": list(told.parts),
                 "numbers": mx.array(numbers),
@@ -149,17 +156,19 @@ class DraftGraph:
             if done is not None:
                 cache.written.by(done)
         start(found, *rows)
-        return found
+        return Asked(found, *came)
 
     def _body(
         self, width: int, slots: int, reached: Sequence[int], given: dict[str, Any]
-    ) -> tuple[mx.array, list[mx.array], list[mx.array | None]]:
+    ) -> tuple[mx.array, list[mx.array], list[mx.array], list[mx.array | None]]:
         config, weights, numbers = self._config, self._weights, given["numbers"]
         block, layers = config.block_size, config.num_layers
+        came = []
         for verdict in given["verdict"]:
             # the host's tree comes before its numbers
             tree = given["tree"][0] if given["tree"] else numbers
-            numbers = walked(verdict, tree, numbers, layers, block)
+            numbers, one = walked(verdict, tree, numbers, layers, block)
+            came.append(one)
         places = [numbers[1 + i : 2 + i] for i in range(layers)]
         told = tapped_rows(given["told"], numbers[1 + layers : 1 + layers + block])
         at = 1 + layers + block
@@ -196,4 +205,5 @@ class DraftGraph:
             x = linear(attended, layer.o, residual=x)
             gate, up = layer.gate_up(x, after)
             x = linear(swiglu(gate.values, up.values), layer.down, residual=x)
-        return top_tokens(self._logits(x[1 : 1 + slots]), width), kept, written
+        found = top_tokens(self._logits(x[1 : 1 + slots]), width)
+        return found, came, kept, written

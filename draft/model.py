@@ -23,7 +23,7 @@ from specdec.checkpoint import Checkpoint
 from specdec.draft.cache import ContextCache
 from specdec.draft.candidates import as_block, top_candidates
 from specdec.draft.config import DraftConfig
-from specdec.draft.graph import DraftGraph, Walk
+from specdec.draft.graph import Asked, DraftGraph, Walk
 from specdec.draft.weights import DraftWeights, LayerWeights
 from specdec.errors import NonFiniteError
 from specdec.kernels.array import Array, Backend, finite_rows, is_numpy, start
@@ -41,11 +41,11 @@ from specdec.tree.block import Block
 @dataclass(frozen=True, eq=False)
 class Begun:
     """A pass that was begun: with which rows, None once they are known to be committed; what was
-    asked, bonus token, width and slots; the answer, as kernels.top_tokens gives it."""
+    asked, bonus token, width and slots; the answer."""
 
     told: Taps | None
     asked: tuple[int, int, int | None]
-    found: mx.array
+    answer: Asked
     walked: bool  # then the path and the bonus token are those of the walk, whichever they are
 
     def tells(self, taps: Taps) -> bool:
@@ -153,12 +153,14 @@ class Draft:
         self._begun = None
         self._begun = self._begin(taps, bonus, width, slots)
 
-    def look_past(self, tapped: Sequence[Array], walk: Walk, width: int, slots: int) -> None:
+    def look_past(self, tapped: Sequence[Array], walk: Walk, width: int, slots: int) -> Asked:
         """`look_ahead` for the taps of the walk's path and its bonus token, before the host knows
-        either: tapped, of all rows of the tree."""
+        either: tapped, of all rows of the tree. What will be `answer`, and what came of the walk.
+        """
         assert self._waiting is None
         self._begun = None
         self._begun = self._begin(Taps(tapped, ()), 0, width, slots, walk)
+        return self._begun.answer
 
     def _extend(self, taps: Array) -> None:
         config, weights, count = self.config, self.weights, len(taps)
@@ -200,7 +202,7 @@ class Draft:
         if begun is None or not begun.answers(bonus, width, slots):
             begun = self._begin(self._waiting, bonus, width, slots)
             self._know(0 if self._waiting is None else len(self._waiting))
-        return begun.found
+        return begun.answer.found
 
     def _begin(
         self,

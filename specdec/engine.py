@@ -12,11 +12,11 @@ import numpy as np
 from specdec.auto_budget import Auto
 from specdec.budget import Budget, Fixed
 from specdec.chooser import chooser
-from specdec.draft.graph import Walk
+from specdec.draft.graph import Asked, Walk
 from specdec.draft.model import Draft
 from specdec.errors import NonFiniteError, SpecdecError
 from specdec.interrupt import Interrupts
-from specdec.kernels.array import concatenate
+from specdec.kernels.array import Array, concatenate
 from specdec.kernels.gpu.limits import TREE_NODES
 from specdec.kernels.tapped import Taps
 from specdec.round import PhaseSeconds, Prefill, Round
@@ -70,6 +70,9 @@ class Engine:
         self._bonus: int | None = None
         self._drafting = False
         self._untold: list[Taps] = []  # of committed tokens the draft does not know of
+        # Where a GPU goes on by itself: what it drafts after the round at hand, and the tree of it.
+        self._past: Asked | None = None
+        self._next: tuple[Array, GrownTree] | None = None
 
     def prefill(
         self,
@@ -125,6 +128,7 @@ class Engine:
         begun = self._look_past(limit, grown or tree, output)
         ahead = perf_counter() - verified if begun else 0.0
         if grown is not None:
+            self._follow(limit)
             tree = self._known(grown)
         path, bonus = self.chooser.walk(tree, output.logits, output.verdict)
         times.append(perf_counter())
@@ -166,7 +170,18 @@ class Engine:
 
     def _grow(self, budget: int) -> GrownTree:
         draft, asked = self._asked(budget)
-        return self.target.grow(draft.answer(*asked), asked[0], budget)
+        found = draft.answer(*asked)
+        if self._next is not None and self._next[0] is found:
+            return self._next[1]
+        return self.target.grow(found, budget, asked[0])
+
+    def _follow(self, limit: int) -> None:
+        """Let a GPU that looked past this round verify the next tree as well."""
+        assert self._past is not None
+        found, came = self._past
+        assert came is not None
+        tree = self.target.look_past(found, limit, came)
+        self._next = None if tree is None else (found, tree)
 
     def _known(self, grown: GrownTree) -> DraftTree:
         """The tree, once the draft is done."""
@@ -208,7 +223,7 @@ class Engine:
             walk = Walk(tree.made.tree, verdict.rows)
         else:
             walk = Walk(np.concatenate([tree.tokens, tree.parents]), verdict.rows)
-        self.draft.look_past(output.tapped, walk, self.chooser.width(limit), limit)
+        self._past = self.draft.look_past(output.tapped, walk, self.chooser.width(limit), limit)
         return True
 
     def _look_ahead(self, limit: int, taps: Taps, bonus: int) -> None:

@@ -7,6 +7,7 @@ staged, not from the buffers: MLX writes in place only into a buffer that nobody
 time, and would copy all of it.
 """
 
+from copy import copy
 from typing import Any
 
 import mlx.core as mx
@@ -19,6 +20,7 @@ from specdec.kernels.gpu.graphs import Graphs
 from specdec.kernels.gpu.kept_rows import kept_rows
 from specdec.kernels.gpu.limits import MAX_ROWS, refused
 from specdec.target.passes import TreePass
+from specdec.target.state import State
 
 
 class CommitGraph(Graphs):
@@ -46,6 +48,7 @@ class CommitGraph(Graphs):
                 "values": state.values if moves else [],
                 "staged": staged,
                 "order": state.written.order,
+                "tree": this.layout.on_device.get("paths", []),
                 "conv": state.conv,
                 "recurrent": state.recurrent,
                 "tapes": [tape.rows for tape in this.tapes],
@@ -58,6 +61,32 @@ class CommitGraph(Graphs):
             state.written.by(last)
         start(*keys, *values, *done, *conv, *recurrent)
         state.advance(len(path), conv, recurrent)
+
+    def ahead(self, this: TreePass, came: Array) -> State:
+        """The state once the path is committed that a GPU found, before it is; of the same buffers.
+        Begun, not waited for. Only where kernels write in place.
+
+        came: as kernels.walked. As long as nothing is committed the rows that are moved count for
+        nothing. The length stays what it was: how long the path is, the host does not know.
+        """
+        state, capacity = copy(this.state), this.state.keys[0].shape[1] if this.state.keys else 0
+        graph = self.of((this.tree.rows, None, capacity, False), _moved_in_place)
+        state.conv, state.recurrent, _, _, done = graph(
+            {
+                "numbers": came,
+                "keys": state.keys,
+                "values": state.values,
+                "order": state.written.order,
+                "tree": this.layout.on_device["paths"],
+                "conv": state.conv,
+                "recurrent": state.recurrent,
+                "tapes": [tape.rows for tape in this.tapes],
+            }
+        )
+        for last in done:
+            state.written.by(last)
+        start(*done, *state.conv, *state.recurrent)
+        return state
 
 
 def _replayed(given: dict[str, Any]) -> tuple[list[Array], ...]:
@@ -85,8 +114,8 @@ def _moved(given: dict[str, Any]) -> tuple[list[Array], ...]:
 
 def _moved_in_place(given: dict[str, Any]) -> tuple[list[Array], ...]:
     conv, recurrent, *_ = _replayed(given)
-    numbers = given["numbers"]
     if not given["keys"]:
         return conv, recurrent, [], [], []
-    done = kept_rows(given["keys"], given["values"], numbers, numbers[-1:], given["order"])
+    buffers = given["keys"], given["values"]
+    done = kept_rows(*buffers, given["numbers"], given["tree"], given["order"])
     return conv, recurrent, [], [], [done]

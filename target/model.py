@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any, NoReturn, Self
 
+import mlx.core as mx
 import numpy as np
 
 from specdec.checkpoint import Checkpoint
@@ -22,12 +23,14 @@ from specdec.kernels.array import (
     start,
 )
 from specdec.kernels.gpu.grown import grown
+from specdec.kernels.gpu.in_place import in_place
 from specdec.kernels.gpu.limits import MAX_ROWS, refused
 from specdec.kernels.layout import TreeLayout
 from specdec.kernels.linear import embed, linear
 from specdec.kernels.norm import Norm
-from specdec.kernels.rope import Rope
+from specdec.kernels.rope import LONGEST_RUN, Rope
 from specdec.kernels.top_tokens import verdict
+from specdec.kernels.walked import came_before
 from specdec.kernels.weight import Weight
 from specdec.target.attention import Attention
 from specdec.target.commit_graph import CommitGraph
@@ -44,7 +47,7 @@ from specdec.target.prefetch import Prefetcher
 from specdec.target.state import State
 from specdec.target.tensors import Tensors
 from specdec.target.tolerance import Tolerance
-from specdec.target.verify_graph import VerifyGraph
+from specdec.target.verify_graph import Refused, VerifyGraph
 from specdec.tree.draft_tree import DraftTree
 
 Observer = Callable[[np.ndarray, Pass, slice | list[int]], None]
@@ -141,6 +144,7 @@ class Target:
         self.state = State(self.config, self.backend)
         self._pending: Pending | None = None
         self._ahead: Pending | None = None  # what may follow it
+        self._after: State | None = None  # the state after it, where a GPU found the path
 
     @property
     def length(self) -> int:
@@ -154,7 +158,7 @@ class Target:
         nothing.
         """
         assert len(tokens) > 0
-        self._pending = self._ahead = None  # they were begun behind fewer tokens
+        self._pending = self._ahead = self._after = None  # they were begun behind fewer tokens
         rows = np.array(tokens, np.int32)
         this = PromptPass(self.state, self.rope, len(rows))
         hidden, tapped = self._forward(rows, this)
@@ -175,28 +179,54 @@ class Target:
         """Whether `grow` does."""
         return self.compiled and not refused and nodes <= min(self.config.vocab_size, MAX_ROWS - 1)
 
-    def grow(self, found: Array, bonus: int, nodes: int) -> GrownTree:
+    def grow(self, found: Array, nodes: int, bonus: int) -> GrownTree:
         """The best-first tree of so many nodes under the bonus token, grown by the GPU itself, to
         be verified next: found, as kernels.top_tokens, with as many candidates for each slot."""
+        return self._grow(found, nodes, mx.array(came_before(bonus, self.state.length)))
+
+    def _grow(self, found: Array, nodes: int, came: Array) -> GrownTree:
         gdn = self.config.gdn
-        length, taps = self.state.length, 0 if gdn is None else gdn.conv_kernel
-        turn = self.rope.run(length, len(found) + 1)
-        return GrownTree(grown(found, bonus, length, turn, nodes + 1, taps))
+        turn = self.rope.run(self.state.length, LONGEST_RUN)
+        return GrownTree(grown(found, came, turn, nodes + 1, 0 if gdn is None else gdn.conv_kernel))
+
+    def look_past(self, found: Array, nodes: int, came: Array) -> GrownTree | None:
+        """Begin to commit the pending tree's path that the GPU found, and to verify the tree that
+        it grows after it, before the host knows either. If verify is then asked for another tree,
+        nothing is lost. None where kernels do not write in place: MLX would copy keys and values.
+
+        came: as kernels.walked; found, nodes: as for `grow`.
+        """
+        assert self._pending is not None
+        if refused or not in_place():
+            return None
+        before = self._pending.this
+        state = self._after = self._commits.ahead(before, came)
+        state.make_room(before.tree.rows + nodes + 1)  # for all paths there can be
+        tree = self._grow(found, nodes, came)
+        try:
+            self._ahead = self._begin_grown(tree, state, ahead=True)
+        except Refused:
+            return None
+        return tree
+
+    def _begin_grown(self, tree: GrownTree, state: State, ahead: bool = False) -> Pending:
+        some = TreeLayout.of(np.arange(-1, tree.rows - 1))
+        this = TreePass(state, self.rope, some, tree, ahead)
+        return replace(self._begin(tree.made.tokens, this), grown=tree)
 
     def verify(self, tree: DraftTree | GrownTree) -> Output:
         """Run all rows of a tree after the committed tokens; commits nothing.
 
         Logits may be NaN or Inf in rows that a draft alone led to: commit looks at its path.
         """
-        ahead, self._ahead, self._pending = self._ahead, None, None
-        if isinstance(tree, GrownTree):
-            some = TreeLayout.of(np.arange(-1, tree.rows - 1))
-            this = TreePass(self.state, self.rope, some, tree)
-            self._pending = replace(self._begin(tree.made.tokens, this), grown=tree)
-            return self._pending.output
+        ahead, self._ahead, self._pending, self._after = self._ahead, None, None, None
         # of the committed state it is only once what it was begun behind is committed
-        committed = ahead is not None and ahead.this.state is self.state
-        if ahead is None or not (committed and np.array_equal(ahead.host_tokens(), tree.tokens)):
+        if ahead is not None and ahead.this.state is not self.state:
+            ahead = None
+        if isinstance(tree, GrownTree):
+            if ahead is None or ahead.grown is not tree:
+                ahead = self._begin_grown(tree, self.state)
+        elif ahead is None or not np.array_equal(ahead.host_tokens(), tree.tokens):
             this = TreePass(self.state, self.rope, TreeLayout.of(tree.parents))
             ahead = self._begin(tree.tokens, this)
         self._pending = ahead
@@ -240,6 +270,7 @@ class Target:
         assert self._pending is not None, "commit without a verified tree"
         pending, self._pending = self._pending, None
         ahead, self._ahead = self._ahead, None
+        after, self._after = self._after, None
         pending.this.known()
         tokens = pending.host_tokens()
         if not pending.host_finite()[list(path)].all():
@@ -247,7 +278,9 @@ class Target:
             self._refuse(rows, TreePass(self.state, self.rope, TreeLayout.chain(len(rows))))
         self._count(tokens, pending.this, list(path))
         # last: after it nothing can fail, and before it nothing is done
-        if self.compiled:
+        if after is not None:
+            self.state.advance(len(path), after.conv, after.recurrent)
+        elif self.compiled:
             self._commits(pending.this, list(path))
         else:
             pending.this.commit(list(path))

@@ -130,12 +130,17 @@ class TreePass(Pass):
     """A tree's rows, each after the committed tokens and its own ancestors."""
 
     def __init__(
-        self, state: State, rope: Turns, tree: TreeLayout, grown: GrownTree | None = None
+        self,
+        state: State,
+        rope: Turns,
+        tree: TreeLayout,
+        grown: GrownTree | None = None,
+        ahead: bool = False,
     ) -> None:
         """grown: a tree of which the host knows the size alone; until `known` another of as many
-        rows stands for it."""
+        rows stands for it. ahead: nor does the host know how many tokens are committed then."""
         super().__init__(state, rope, (state.length + tree.depths).astype(np.int32))
-        self.tree, self.grown = tree, grown
+        self.tree, self.grown, self.ahead = tree, grown, ahead
         self.layout = AttentionLayout(tree, state.length)
         self._tapes: dict[int, Tape] = {}
         # But a lone root's is where it belongs, and so is what was written in place.
@@ -146,7 +151,9 @@ class TreePass(Pass):
         if self.grown is not None:
             self.tree = TreeLayout.of(self.grown.host.parents)
             self.positions = (self.state.length + self.tree.depths).astype(np.int32)
+            on_device = self.layout.on_device
             self.layout = AttentionLayout(self.tree, self.state.length)
+            self.layout.on_device.update(on_device)
             self.grown = None
 
     def turn_of_root(self) -> tuple[Array, Array]:

@@ -2,8 +2,9 @@
 
 On a GPU a pass of a large model is hundreds of launches, and building them in Python takes longer
 than the GPU takes to run them. Passes over as many rows are one graph: all that differs between
-them, the tree, the state and how much of it is committed, goes in as arrays. A large model is
-several graphs, one behind the other: the GPU runs the first layers while the host begins the next.
+them, the tree, the state and how much of it is committed, goes in as arrays. A pass that the GPU
+waits for is several graphs, one behind the other: it runs the first layers while the host begins
+the next.
 """
 
 from collections.abc import Callable
@@ -24,12 +25,16 @@ from specdec.target.config import TargetConfig
 from specdec.target.passes import TreePass
 from specdec.target.state import Projected, State
 
-LAYERS = 10  # of a graph, about
-FIRST = 10  # of the first one, which the GPU waits for
+LAYERS = 6  # of a graph, about
+FIRST = 4  # of the first one, which the GPU waits for
 
 # Some layers of a pass: tokens or hidden rows, what was tapped so far, the pass -> the two again,
 # of the last layers logits, taps and verdict.
 Body = Callable[[range, Array, dict[int, Array], TreePass], tuple[Any, ...]]
+
+
+class Refused(Exception):
+    """A kernel does not take a pass of which the host does not know the length."""
 
 
 class _Part(NamedTuple):
@@ -46,17 +51,8 @@ class VerifyGraph(Graphs):
     def __init__(self, body: Body, config: TargetConfig) -> None:
         super().__init__()
         self._body, self._layers = body, range(config.num_layers)
-        ends = _ends(config.num_layers)
-        self._parts = [
-            _Part(
-                range(first, end),
-                *(
-                    range(*(sum(i < edge for i in kind) for edge in (first, end)))
-                    for kind in (config.full_layers, config.linear_layers)
-                ),
-            )
-            for first, end in pairwise(ends)
-        ]
+        self._whole = [_part(config, 0, config.num_layers)]
+        self._parts = [_part(config, *ends) for ends in pairwise(_ends(config.num_layers))]
 
     def __call__(self, tokens: Array, this: TreePass) -> tuple[Any, ...]:
         """What the body returns; the pass and its state are as if it had run on them."""
@@ -65,7 +61,9 @@ class VerifyGraph(Graphs):
             return self._uncompiled(tokens, this)
         made = self._prepared(tokens, this)
         rows: list[Any] = [made.tokens, {}]
-        for part in self._parts:
+        # What is begun ahead has a GPU that is at work, and so has the next lone root.
+        waits = this.tree.rows > 1 and not this.ahead
+        for part in self._parts if waits else self._whole:
             if part.span.start > 0:
                 start(rows[0])
             rows = self._run(part, made, rows, this)
@@ -75,6 +73,8 @@ class VerifyGraph(Graphs):
         return tuple(rows)
 
     def _uncompiled(self, tokens: Array, this: TreePass) -> tuple[Any, ...]:
+        if this.ahead:
+            raise Refused
         this.known()
         return self._body(self._layers, to_numpy(tokens), {}, this)
 
@@ -94,7 +94,7 @@ class VerifyGraph(Graphs):
         state, (span, full, linear) = this.state, part
         written = state.written
         trace = partial(self._trace, span, this.tree.parents, state.length)
-        kind = this.tree.rows, state.keys[0].shape[1] if state.keys else 0, span.start
+        kind = this.tree.rows, state.keys[0].shape[1] if state.keys else 0, span
         given = {
             "rows": rows,
             "turn": made.turn,
@@ -125,6 +125,14 @@ class VerifyGraph(Graphs):
         x, tapped = given["rows"]
         outputs = self._body(span, x, tapped, this)
         return list(outputs), state.filled, state.done, this.results()
+
+
+def _part(config: TargetConfig, first: int, end: int) -> _Part:
+    full, linear = (
+        range(*(sum(i < edge for i in kind) for edge in (first, end)))
+        for kind in (config.full_layers, config.linear_layers)
+    )
+    return _Part(range(first, end), full, linear)
 
 
 def _ends(layers: int) -> list[int]:

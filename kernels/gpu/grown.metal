@@ -1,8 +1,9 @@
 // A draft's block grown to a tree of ROWS rows, best-first (specdec/tree/build.py), and all that a
 // verify pass reads of it: what the host makes of trees it grew (prepared.py), in other words. One
 // simdgroup; a lane has one row.
-// found int [SLOTS, 2 * WIDTH + 3], as kernels.top_tokens; asked int [2 or more]: the bonus token, the
-// committed length; cos, sin float [SLOTS + 1, half], of the root's position and those that follow
+// found int [SLOTS, 2 * WIDTH + 3], as kernels.top_tokens; came int [36], of the round before, as
+// kernels.walked says; cos, sin float [SLOTS + 1 + came[0] or more, half], of the position where that
+// round began and those that follow
 // -> tokens int [ROWS]; tree int [3 * ROWS + 1]: tokens, parents, the bits of the weights, whether
 //    the draft's logits are finite; paths int [ROWS, COLUMNS], as attention.py says; program
 //    int [1 + ROWS * (4 + TAPS)], as delta_tree.metal says; turn_cos, turn_sin float [ROWS, half]
@@ -26,7 +27,7 @@ simdgroup_barrier(mem_flags::mem_threadgroup);
 
 // A row that is taken opens its most probable child and its next sibling; the heaviest of what is
 // open is taken next.
-int token = asked[0], parent = -1, depth = 0, rank = 0;
+int token = came[33], parent = -1, depth = 0, rank = 0;
 float weight = 0.0f;
 float child = me == 0 ? chances[0] : -INF;
 float sibling = -INF;
@@ -118,8 +119,8 @@ if (me < ROWS) {
   tree[ROWS + me] = parent;
   tree[2 * ROWS + me] = as_type<int>(weight);
   auto line = paths + me * COLUMNS;
-  line[0] = asked[1] + depth;
-  line[1] = asked[1];
+  line[0] = came[34] + depth;
+  line[1] = came[34];
   uint left = path;
   for (int i = 2; i < COLUMNS; ++i) {
     line[i] = left != 0 ? lowest_bit(left) : -1;
@@ -137,7 +138,7 @@ if (me < ROWS) {
 }
 const int half = int(cos_shape[1]);
 for (int i = me; i < ROWS * half; i += 32) {
-  const int at = depths[i / half] * half + i % half;
+  const int at = (came[0] + depths[i / half]) * half + i % half;
   turn_cos[i] = cos[at];
   turn_sin[i] = sin[at];
 }

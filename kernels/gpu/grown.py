@@ -11,7 +11,7 @@ from specdec.kernels.gpu.limits import MAX_ROWS, Unsupported
 
 GROWN = MetalKernel(
     "grown",
-    inputs=("found", "asked", "cos", "sin"),
+    inputs=("found", "came", "cos", "sin"),
     outputs=("tokens", "tree", "paths", "program", "turn_cos", "turn_sin"),
     template=("ROWS", "COLUMNS", "SLOTS", "WIDTH", "TAPS"),
     helpers=("entries.h",),
@@ -32,23 +32,22 @@ class Grown(NamedTuple):
 
 def grown(
     found: mx.array,
-    bonus: int,
-    length: int,
+    came: mx.array,
     turn: tuple[mx.array, mx.array],
     rows: int,
     taps: int,
 ) -> Grown:
     """The best-first tree of so many rows under a bonus token, with all that kernels read of it.
 
-    found: int32 [slots, 2 * width + 3], as kernels.top_tokens, width rows - 1 or more; length:
-    committed tokens; turn: cos and sin [slots + 1, half] of position `length` and those that
-    follow; taps: of the convolution of gated delta layers, 0 without such layers. Of paths of equal
-    weight any is taken first.
+    found: int32 [slots, 2 * width + 3], as kernels.top_tokens, width rows - 1 or more; came: int32
+    [CAME], of the round before, as kernels.walked; turn: cos and sin of the position where that
+    round began and those that follow, [slots + 1 and one for each row of its path, half]; taps: of
+    the convolution of gated delta layers, 0 without such layers. Of paths of equal weight any is
+    taken first.
     """
     cos, sin = turn
     launch = _launch(found.shape, cos.shape, rows, taps)
-    asked = mx.array([bonus, length, 0, 0, 0, 0, 0, 0], mx.int32)
-    tokens, tree, paths, program, turn_cos, turn_sin = launch(found, asked, cos, sin)
+    tokens, tree, paths, program, turn_cos, turn_sin = launch(found, came, cos, sin)
     return Grown(tokens, tree, paths, program, (turn_cos, turn_sin))
 
 
@@ -60,7 +59,7 @@ def _launch(found: tuple[int, int], angles: tuple[int, int], rows: int, taps: in
             f"kernel grown: {rows} rows of {slots} slots of {width} candidates, expected 2 to "
             f"{MAX_ROWS}, at most {MAX_ROWS - 1}, and a candidate for each row but the root"
         )
-    assert angles[0] == slots + 1
+    assert angles[0] > slots
     return GROWN.launch(
         [
             (rows,),

@@ -1,7 +1,7 @@
 // An accepted path's keys and values moved directly behind the committed ones, in the buffers they
 // stand in, of up to LAYERS layers. A thread has one element of the rows of one head.
-// path int [..]: how many rows, then which, each above the one before; place int [1 or more]: of the
-// tree's first row; keys0, values0, keys1, .. T [kv_heads, capacity, DIM], written into; order: not
+// path int [..]: how many rows, then which, each above the one before; tree int [rows, *], as
+// attention.py says: column 1 is the place of row 0; keys0, values0, keys1, .. T [kv_heads, capacity, DIM], written into; order: not
 // read
 // -> done T [8], left as it is
 // grid (DIM, 2 * kv_heads, layers), threadgroup (DIM, 1, 1)
@@ -18,7 +18,7 @@ if (layer == 4) buffer = half == 0 ? keys4 : values4;
 if (layer == 5) buffer = half == 0 ? keys5 : values5;
 if (layer == 6) buffer = half == 0 ? keys6 : values6;
 if (layer == 7) buffer = half == 0 ? keys7 : values7;
-auto to = WRITABLE(T, buffer) + (ulong(head) * keys0_shape[1] + uint(place[0])) * DIM + me;
+auto to = WRITABLE(T, buffer) + (ulong(head) * keys0_shape[1] + uint(tree[1])) * DIM + me;
 // Row path[1 + i] is row i of the path or stands behind it, so what is written was read before. Loads
 // by the batch: none waits for another.
 for (int first = 0; first < path[0]; first += 8) {

@@ -1,7 +1,8 @@
 // The greedy walk down a verified tree, put into what a draft is asked next.
 // verdict int [rows, 2]: the most probable token after each row first; tree int [2 * rows or more]:
-// tokens, parents; asked int [count or more], its last: the numbers of a draft's pass after which no
-// row was told (specdec/draft/graph.py) -> numbers int [count], the rows of the path told
+// tokens, parents; asked int [COUNT + 1 or more], its last: the numbers of a draft's pass after which
+// no row was told (specdec/draft/graph.py), and the committed length before the walk
+// -> numbers int [COUNT], the rows of the path told; came int [36], as kernels.walked says
 // grid (128, 1, 1), threadgroup (128, 1, 1)
 SHARED(int, path, 32);
 SHARED(int, found, 2);
@@ -23,8 +24,13 @@ if (me == 0) {
 }
 threadgroup_barrier(mem_flags::mem_threadgroup);
 const int length = found[0];
+if (me < 36) {
+  int value = me > 0 && me <= length ? path[me - 1] : 0;
+  value = me == 0 ? length : me == 33 ? found[1] : value;
+  came[me] = me == 34 ? asked[asked_shape[0] - 1] + length : value;
+}
 constexpr int COUNT = 1 + LAYERS + 2 * BLOCK + 4 * BLOCK * LAYERS;
-auto from = asked + (asked_shape[0] - COUNT);
+auto from = asked + (asked_shape[0] - 1 - COUNT);
 for (int i = me; i < COUNT; i += 128) {
   int value = from[i];
   const int told = i - 1 - LAYERS;

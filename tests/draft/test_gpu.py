@@ -12,7 +12,9 @@ from specdec.kernels.array import Backend
 from specdec.kernels.executor import gpu_kernels
 from specdec.kernels.gpu.in_place import write_in_place
 from specdec.kernels.tapped import Taps
-from specdec.kernels.walked import walked
+from specdec.kernels.walked import came_before, walked
+from specdec.tree.draft_tree import DraftTree
+from specdec.tree.walk import walk
 from tests.draft.reference import BLOCK, CASES, HIDDEN, TAPS, Reference, make_draft
 from tests.graphs import Told, graphs_as_words, graphs_on_shim
 from tests.metal.build import compiler
@@ -196,7 +198,7 @@ def test_what_is_begun_before_the_path_is_known(case, on_shim):
             answers.append(block.tokens.tobytes() + block.log_probs.tobytes())
             if ahead:  # it was this
                 assert begun is not None
-                assert np.array_equal(as_block(np.array(begun.found)).tokens, block.tokens)
+                assert np.array_equal(as_block(np.array(begun.answer.found)).tokens, block.tokens)
             draft.extend(rows[:1])
             answers[-1] += asked(draft, 2)
         assert answers[0] == answers[1]
@@ -207,14 +209,20 @@ def test_the_walk_is_that_of_the_reference(on_shim):
     for rows in (1, 2, 7, 32):
         parents = np.array([-1, *(rng.integers(max(0, r - 3), r) for r in range(1, rows))])
         tokens, best = rng.integers(0, 3, rows), rng.integers(0, 3, rows)
-        numbers = rng.integers(-20, 90, 1 + 2 + 2 * 33 + 4 * 33 * 2)
+        numbers = rng.integers(-20, 90, 1 + 2 + 2 * 33 + 4 * 33 * 2 + 1)
         asked = mx.array(np.concatenate([tokens, parents, numbers]).astype(np.int32))
         verdict = mx.array(np.stack([best, best], axis=1).astype(np.int32))
         by_reference = walked.reference  # type: ignore[attr-defined]
         expected = by_reference(verdict, asked, asked, 2, 33)
-        assert mx.array_equal(walked(verdict, asked, asked, 2, 33), expected)
         tree, rest = asked[: 2 * rows], asked[2 * rows :]
-        assert mx.array_equal(walked(verdict, tree, rest, 2, 33), expected)
+        for found in (walked(verdict, asked, asked, 2, 33), walked(verdict, tree, rest, 2, 33)):
+            for one, wanted in zip(found, expected, strict=True):
+                assert mx.array_equal(one, wanted)
+        chosen = best.tolist()
+        path, bonus = walk(DraftTree(tokens, parents, np.zeros(rows)), chosen.__getitem__)
+        came = came_before(bonus, int(numbers[-1]) + len(path))
+        came[: 1 + len(path)] = [len(path), *path]
+        np.testing.assert_array_equal(np.array(expected[1]), came)
 
 
 def test_non_finite_numbers_name_the_layer(on_shim):

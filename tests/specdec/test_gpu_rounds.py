@@ -9,13 +9,15 @@ import pytest
 from specdec.budget import Fixed
 from specdec.checkpoint import Checkpoint
 from specdec.draft.config import DraftConfig
+from specdec.draft.graph import Asked, DraftGraph
 from specdec.draft.model import Draft
 from specdec.engine import Engine
 from specdec.errors import NonFiniteError
 from specdec.kernels.array import Backend
 from specdec.kernels.gpu.in_place import write_in_place
 from specdec.kernels.gpu.limits import MAX_ROWS, refused
-from specdec.sampling import Sampling
+from specdec.kernels.walked import LENGTH
+from specdec.sampling import GREEDY, Sampling
 from specdec.target.model import Target
 from specdec.target.verify_graph import VerifyGraph
 from tests.checkpoints import FAMILIES, write_checkpoint
@@ -50,45 +52,59 @@ def engine(tmp_path, on_shim):
     target.experts.store.checkpoint.close()
 
 
-def knowing(engine: Engine, answer: list[int], monkeypatch) -> None:
+def knowing(answer: list[int], monkeypatch) -> None:
     """The random draft's proposals are made, and then set right, sometimes by the second choice."""
-    answered, rng = Draft.answer, np.random.default_rng(1)
+    begin = DraftGraph.begin
 
-    def known(self, bonus, width, slots=None):
-        found = np.array(answered(self, bonus, width, slots))
-        at, width = self.length - len(PROMPT) + 1, (found.shape[1] - 3) // 2
-        tokens = found[:, :width].copy()
-        for slot, token in enumerate(answer[at : at + len(tokens)]):
-            place = int(rng.random() < 0.3)
-            others = tokens[slot][tokens[slot] != token][: width - 1]
-            tokens[slot] = np.insert(others, place, token)
-        return mx.array(np.concatenate([tokens, found[:, width:]], axis=1))
+    def known(self, caches, length, told, *ask):
+        asked = begin(self, caches, length, told, *ask)
+        after = length + (0 if told is None else len(told))
+        if asked.came is not None:
+            after = int(asked.came[LENGTH])
+        found, at = np.array(asked.found), after - len(PROMPT) + 1
+        width = (found.shape[1] - 3) // 2
+        # sure of itself, so that trees are deep
+        logits = -np.arange(width, dtype=np.float32)
+        sums = [np.float32(0), np.exp(logits).sum()]
+        found[:, width : 2 * width + 2] = np.array([*logits, *sums], np.float32).view(np.int32)
+        for slot, token in enumerate(answer[at : at + len(found)]):
+            tokens = found[slot, :width]
+            others = tokens[tokens != token][: width - 1]
+            found[slot, :width] = np.insert(others, int((at + slot) % 3 == 0), token)
+        return Asked(mx.array(found), asked.came)
 
-    monkeypatch.setattr(Draft, "answer", known)
+    monkeypatch.setattr(DraftGraph, "begin", known)
+
+
+def answer_of(engine: Engine, sampling: Sampling = GREEDY) -> list[int]:
+    first = engine.prefill(PROMPT, False, sampling=sampling).token
+    assert first is not None
+    found = [first]
+    while len(found) < COUNT + 12:
+        found += engine.step(Fixed(1)).tokens
+    return found
 
 
 @pytest.mark.parametrize("sampling", [Sampling(), Sampling(temperature=0.8, seed=3)], ids=str)
 def test_rounds_of_all_budgets_are_plain_decoding(engine, sampling, monkeypatch):
-    answer = [engine.prefill(PROMPT, False, sampling=sampling).token]
-    while len(answer) < COUNT + 6:
-        answer += engine.step(Fixed(1)).tokens
-    knowing(engine, answer, monkeypatch)
+    answer = answer_of(engine, sampling)
+    knowing(answer, monkeypatch)
     ahead = []
     for way in ("look_ahead", "look_past"):
         looked = getattr(Draft, way)
 
         def look(self, *ask, way=way, looked=looked):
             ahead.append(way)
-            looked(self, *ask)
+            return looked(self, *ask)
 
         monkeypatch.setattr(Draft, way, look)
     found = [engine.prefill(PROMPT, True, sampling=sampling).token]
     accepted = []
     grown, grow = [], Target.grow
 
-    def grows(self, found, bonus, nodes):
+    def grows(self, found, nodes, bonus):
         grown.append(nodes)
-        return grow(self, found, bonus, nodes)
+        return grow(self, found, nodes, bonus)
 
     monkeypatch.setattr(Target, "grow", grows)
     for budget in (3, 3, 1, 1, 5, 2):
@@ -100,23 +116,28 @@ def test_rounds_of_all_budgets_are_plain_decoding(engine, sampling, monkeypatch)
     assert sum(accepted) > 2
     # after each drafted round, by the device's own walk where tokens are not drawn
     assert ahead == 4 * ["look_past" if sampling.greedy else "look_ahead"]
-    assert grown == ([3, 3, 5, 2] if sampling.greedy else [])
+    # the second round's tree was grown ahead
+    assert grown == ([3, 5, 2] if sampling.greedy else [])
 
 
 def test_with_and_without_looking_ahead_everything_is_the_same(engine, monkeypatch):
     """Tokens, trees, the target's state and the draft's answers, to the bit; also where a round
     fails and is run again, and where another prompt comes."""
     found = []
-    for ahead in ("grown", "look_past", "look_ahead", ""):
+    knowing(answer_of(engine), monkeypatch)
+    for ahead in ("followed", "grown", "look_past", "look_ahead", ""):
         ahead_, past, grows = Engine._look_ahead, Engine._look_past, Engine._grows
-        if ahead != "grown":
+        follow = Engine._follow
+        if ahead != "followed":
+            monkeypatch.setattr(Engine, "_follow", lambda *ask: None)
+        if ahead not in ("followed", "grown"):
             monkeypatch.setattr(Engine, "_grows", lambda *ask: False)
-        if ahead not in ("grown", "look_past"):
+        if ahead in ("look_ahead", ""):
             monkeypatch.setattr(Engine, "_look_past", lambda *ask: False)
         if not ahead:
             monkeypatch.setattr(Engine, "_look_ahead", lambda *ask: None)
         engine.prefill(PROMPT)
-        rounds = [engine.step(Fixed(3)) for _ in range(2)]
+        rounds = [engine.step(Fixed(7)) for _ in range(3)]
         assert (engine.draft._begun is not None) == bool(ahead)
         commit = engine.target.commit
 
@@ -126,20 +147,25 @@ def test_with_and_without_looking_ahead_everything_is_the_same(engine, monkeypat
 
         monkeypatch.setattr(engine.target, "commit", fails)
         with pytest.raises(NonFiniteError, match="a test"):
-            engine.step(Fixed(3))
-        rounds += [engine.step(Fixed(3)), engine.step(Fixed(2))]
+            engine.step(Fixed(7))
+        rounds += [engine.step(Fixed(7)), engine.step(Fixed(2))]
         state = state_bytes(engine.target)
         engine.prefill(PROMPT[:-1])
         rounds.append(engine.step(Fixed(3)))
         block = engine.draft.propose(5, 3)
         words = [
-            (r.tokens, r.tree.tokens.tolist(), r.tree.parents.tolist(), r.told) for r in rounds
+            (r.tokens, r.tree.tokens.tolist(), r.tree.parents.tolist(), r.path, r.told)
+            for r in rounds
         ]
         found.append((words, state, block.log_probs.tobytes()))
         monkeypatch.setattr(Engine, "_look_past", past)
         monkeypatch.setattr(Engine, "_look_ahead", ahead_)
         monkeypatch.setattr(Engine, "_grows", grows)
-    assert found == found[:1] * 4
+        monkeypatch.setattr(Engine, "_follow", follow)
+    assert found == found[:1] * 5
+    paths = [list(path) for *_, path, _ in found[0][0]]
+    assert max(map(len, paths)) > 2
+    assert any(path != list(range(len(path))) for path in paths)  # rows were moved
 
 
 def test_a_grown_tree_of_numbers_that_are_not_finite_is_an_error_that_names_the_layer(engine):

@@ -132,7 +132,8 @@ def test_graphs_are_passes_over_other_trees_of_their_kind(
     family, parts, tmp_path, on_shim, monkeypatch
 ):
     """Trees of other shapes, behind other tokens, go through the graphs of the first one."""
-    monkeypatch.setattr(verify_graph, "LAYERS", 4 / parts)
+    for name in ("FIRST", "LAYERS"):
+        monkeypatch.setattr(verify_graph, name, 4 // parts)
     rng = np.random.default_rng(5)
     shapes = [PARENTS, [-1, 0, 1, 1, 0, 4, 4], [-1, 0, 0, 1, 3, 1, 2]]
     trees = [tree_of(rng.integers(0, 320, 7), parents) for parents in shapes]

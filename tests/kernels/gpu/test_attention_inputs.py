@@ -180,7 +180,9 @@ def test_a_path_is_moved_to_the_front(path, sanitize):
         one[:, 7 : 7 + len(path)] = one[:, [7 + row for row in path]]
     numbers = mx.array([len(path), *path, *[0] * (32 - len(path))], mx.int32)
     with through_shim(sanitize=sanitize):
-        kept_rows(buffers[::2], buffers[1::2], numbers, mx.array([7]), mx.zeros(8, mx.bfloat16))
+        kept_rows(
+            buffers[::2], buffers[1::2], numbers, mx.array([[9, 7]]), mx.zeros(8, mx.bfloat16)
+        )
     for found, wanted in zip(buffers, expected, strict=True):
         np.testing.assert_array_equal(exact(found), wanted)
 

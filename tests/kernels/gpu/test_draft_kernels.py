@@ -16,7 +16,7 @@ NVCC = shutil.which("nvcc")
 FLOAT, INT = mx.bfloat16, mx.int32
 SOURCES = {
     "tapped": lambda: cuda_source(TAPPED, [INT, *[FLOAT] * 8], [FLOAT], {"T": FLOAT, "PARTS": 5}),
-    "walked": lambda: cuda_source(WALKED, [INT, INT, INT], [INT], {"LAYERS": 2, "BLOCK": 8}),
+    "walked": lambda: cuda_source(WALKED, [INT, INT, INT], [INT, INT], {"LAYERS": 2, "BLOCK": 8}),
 }
 
 

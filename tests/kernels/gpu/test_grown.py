@@ -14,6 +14,7 @@ from specdec.kernels.gpu.grown import GROWN, grown
 from specdec.kernels.gpu.limits import Unsupported
 from specdec.kernels.gpu.tree_program import NO_SLOT, most_slots
 from specdec.kernels.layout import TreeLayout
+from specdec.kernels.walked import came_before
 from specdec.tree.build import build
 from tests.metal.build import compiler
 from tests.metal.cuda import cuda_source
@@ -36,8 +37,15 @@ def found_of(slots: int, width: int, seed: int, sharpness: float = 1.0) -> np.nd
 
 
 def turns(slots: int) -> tuple[mx.array, mx.array]:
-    table = np.random.default_rng(1).normal(size=(2, slots + 1, HALF)).astype(np.float32)
+    table = np.random.default_rng(1).normal(size=(2, slots + 9, HALF)).astype(np.float32)
     return mx.array(table[0]), mx.array(table[1])
+
+
+def after(path: int, bonus: int) -> mx.array:
+    """What came of a round whose path had so many rows."""
+    came = came_before(bonus, LENGTH)
+    came[0] = path
+    return mx.array(came)
 
 
 def check_program(steps: np.ndarray, tree: TreeLayout) -> None:
@@ -75,7 +83,7 @@ def test_trees_are_those_of_the_host(slots, rows, taps, options):
     for seed in range(8):
         answer = found_of(slots, rows - 1 + seed % 3, seed, sharpness=0.2 + seed / 4)
         with through_shim(**options):
-            made = grown(mx.array(answer), 77, LENGTH, (cos, sin), rows, taps)
+            made = grown(mx.array(answer), after(seed % 4, 77), (cos, sin), rows, taps)
         tokens, parents, weights = np.array(made.tree)[:-1].reshape(3, rows)
         assert made.tree[-1].item() == 1
         expected = build(77, as_block(answer), rows - 1)
@@ -88,7 +96,9 @@ def test_trees_are_those_of_the_host(slots, rows, taps, options):
         layout = AttentionLayout(tree, LENGTH)
         np.testing.assert_array_equal(np.array(made.paths), path_table(layout))
         for rows_of, table in zip(made.turn, (cos, sin), strict=True):
-            np.testing.assert_array_equal(np.array(rows_of), np.array(table)[tree.depths])
+            np.testing.assert_array_equal(
+                np.array(rows_of), np.array(table)[seed % 4 + tree.depths]
+            )
         count, *numbers = np.array(made.program).tolist()
         steps = np.array(numbers).reshape(rows, 4 + taps)
         assert count == rows
@@ -103,7 +113,7 @@ def test_equal_weights_and_no_chance_at_all_still_make_a_tree():
     answer[:, 9:18] = np.float32(0.0).view(np.int32)
     answer[1, 12:18] = np.float32(-np.inf).view(np.int32)
     with through_shim(sanitize="memory"):
-        made = grown(mx.array(answer), 5, LENGTH, turns(3), 10, 4)
+        made = grown(mx.array(answer), after(0, 5), turns(3), 10, 4)
     tokens, parents, _ = np.array(made.tree)[:-1].reshape(3, 10)
     tree = TreeLayout(parents)
     assert len({(p, t) for p, t in zip(parents.tolist(), tokens.tolist(), strict=True)}) == 10
@@ -116,7 +126,7 @@ def test_a_draft_that_is_not_finite_is_told(bad):
     answer = found_of(3, 9, 4)
     answer[2, 18] = np.float32(bad).view(np.int32)
     with through_shim(sanitize="memory"):
-        made = grown(mx.array(answer), 5, LENGTH, turns(3), 10, 4)
+        made = grown(mx.array(answer), after(0, 5), turns(3), 10, 4)
     assert made.tree[-1].item() == 0
     TreeLayout(np.array(made.tree)[10:20])  # a tree all the same
 
@@ -124,7 +134,7 @@ def test_a_draft_that_is_not_finite_is_told(bad):
 @pytest.mark.parametrize(("rows", "width"), [(33, 40), (1, 8), (9, 7)])
 def test_what_is_not_taken(rows, width):
     with pytest.raises(Unsupported, match=f"{rows} rows"):
-        grown(mx.array(found_of(3, width, 0)), 5, LENGTH, turns(3), rows, 4)
+        grown(mx.array(found_of(3, width, 0)), after(0, 5), turns(3), rows, 4)
 
 
 def test_rules():
