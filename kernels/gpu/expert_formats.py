@@ -16,6 +16,25 @@ Formats: TypeAlias = tuple[Format, Format, Format]  # of gate, up, down
 UNUSED = (8,)  # shape of an output that is not written; kernels load from arrays of 8 elements
 
 
+def _matrix(name: str) -> tuple[str, str, str]:
+    return name, f"{name}_scales", f"{name}_biases"
+
+
+# of both kernels of each operation
+HIDDEN_INPUTS = (
+    *("x", "norm", "eps"),
+    *(*_matrix("gate"), *_matrix("up")),
+    *(*_matrix("shared_gate"), *_matrix("shared_up")),
+    *("used", "experts", "table"),
+)
+SUM_INPUTS = (
+    *("x", "hidden", "shared_hidden"),
+    *(*_matrix("down"), *_matrix("shared_down")),
+    *("used", "experts", "table", "factors", "gate", "apart"),
+)
+PACKING = ("BITS", "GROUP", "INNER", "SHARED_BITS", "SHARED_GROUP", "SHARED_INNER")
+
+
 def arrays_of(
     matrices: ExpertWeights | SharedExpert,
 ) -> list[tuple[mx.array, mx.array, mx.array]]:

@@ -5,14 +5,15 @@ from functools import cache
 import mlx.core as mx
 
 from specdec.kernels.gpu import expert_tiles
-from specdec.kernels.gpu.expert_formats import Formats, Task, inner_of
-from specdec.kernels.gpu.expert_tiles import (
+from specdec.kernels.gpu.expert_formats import (
     HIDDEN_INPUTS,
     PACKING,
     SUM_INPUTS,
-    bank_on_tiles,
-    shared_on_tiles,
+    Formats,
+    Task,
+    inner_of,
 )
+from specdec.kernels.gpu.expert_tiles import bank_on_tiles, shared_on_tiles
 from specdec.kernels.gpu.kernel import Launch, MetalKernel
 from specdec.kernels.gpu.limits import MAX_ROWS, Unsupported
 
@@ -22,7 +23,7 @@ HIDDEN_SIMDGROUPS = 4  # of a threadgroup of expert_hidden
 SUM_FEATURES = 8  # of a threadgroup of expert_sum
 SUM_SIMDGROUPS = 8
 
-HELPERS = ("weights.h", "simd_sums.h", "entries.h", "experts.h")
+HELPERS = ("words.h", "weights.h", "simd_sums.h", "entries.h", "experts.h")
 EXPERT_HIDDEN = MetalKernel(
     "expert_hidden",
     inputs=HIDDEN_INPUTS,

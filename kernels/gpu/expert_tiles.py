@@ -8,7 +8,14 @@ and 16 rows here, and 9.2 + 6.0, 35 + 20 and 72 + 41 without matrix units: where
 one row, what counts is waiting for memory. The more rows share an expert, the more is won.
 """
 
-from specdec.kernels.gpu.expert_formats import Format, Formats, Task
+from specdec.kernels.gpu.expert_formats import (
+    HIDDEN_INPUTS,
+    PACKING,
+    SUM_INPUTS,
+    Format,
+    Formats,
+    Task,
+)
 from specdec.kernels.gpu.kernel import Launch, MetalKernel
 from specdec.kernels.gpu.limits import MAX_ROWS
 from specdec.kernels.gpu.tiles import TILE_FEATURES, TILE_ROWS, groups_of, tiles_for
@@ -22,24 +29,7 @@ WORDS = 16  # of weights that a lane reads at once, at most
 GROUPS = 4  # that it does so of, at most: of each it holds scales and biases, too
 MEMORY = 32768  # bytes of a threadgroup
 
-
-def _matrix(name: str) -> tuple[str, str, str]:
-    return name, f"{name}_scales", f"{name}_biases"
-
-
-HIDDEN_INPUTS = (
-    *("x", "norm", "eps"),
-    *(*_matrix("gate"), *_matrix("up")),
-    *(*_matrix("shared_gate"), *_matrix("shared_up")),
-    *("used", "experts", "table"),
-)
-SUM_INPUTS = (
-    *("x", "hidden", "shared_hidden"),
-    *(*_matrix("down"), *_matrix("shared_down")),
-    *("used", "experts", "table", "factors", "gate", "apart"),
-)
-PACKING = ("BITS", "GROUP", "INNER", "SHARED_BITS", "SHARED_GROUP", "SHARED_INNER")
-HELPERS = ("tiles.h", "entries.h", "expert_tiles.h")
+HELPERS = ("words.h", "tiles.h", "entries.h", "expert_tiles.h")
 EXPERT_HIDDEN_TILES = MetalKernel(
     "expert_hidden_tiles",
     inputs=HIDDEN_INPUTS,

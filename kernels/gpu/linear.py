@@ -26,14 +26,14 @@ LINEAR = MetalKernel(
     inputs=("x", "data", "scales", "biases", "norm", "eps", "residual"),
     outputs=("out",),
     template=("T", "BITS", "GROUP", "ROWS", "OUTS", "SPLIT", "SIMDGROUPS", "NORM", "RESIDUAL"),
-    helpers=("weights.h", "dots.h", "simd_sums.h"),
+    helpers=("words.h", "weights.h", "dots.h", "simd_sums.h"),
 )
 EMBED = MetalKernel(
     "embed",
     inputs=("ids", "data", "scales", "biases"),
     outputs=("out",),
     template=("T", "BITS", "GROUP"),
-    helpers=("weights.h",),
+    helpers=("words.h", "weights.h"),
 )
 
 

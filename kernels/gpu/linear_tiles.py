@@ -22,7 +22,7 @@ LINEAR_TILES = MetalKernel(
         *("T", "BITS", "GROUP", "TILES", "ROW_TILES"),
         *("SPLIT", "SIMDGROUPS", "UNROLL", "NORM", "RESIDUAL"),
     ),
-    helpers=("tiles.h",),
+    helpers=("words.h", "tiles.h"),
 )
 
 

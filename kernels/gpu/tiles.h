@@ -1,4 +1,4 @@
-// Products on matrix units: 16 features by 8 rows at once, by one simdgroup, T of 16 bits.
+// Products on matrix units: 16 features by 8 rows at once, by one simdgroup, T of 16 bits. After words.h.
 //
 // A lane has tile_row(lane) = 0 .. 7 and tile_quarter(lane) = 0 .. 3. It brings weights of the
 // features tile_row and tile_row + 8 and values of row tile_row of x, of each the same inputs,
@@ -50,26 +50,6 @@ struct TileStep {
     count = group / inputs  // of a group
   };
 };
-
-template <int COUNT, typename D, typename P>
-HELPER void load_words(D data, P words) {
-  if (COUNT % 4 == 0) {
-#pragma unroll
-    for (int i = 0; i + 3 < COUNT; i += 4) {
-      auto four = LOAD(uint4, data + i * int(sizeof(uint) / sizeof(*data)));
-      words[i] = four.x;
-      words[i + 1] = four.y;
-      words[i + 2] = four.z;
-      words[i + 3] = four.w;
-    }
-  } else if (COUNT == 2) {
-    auto two = LOAD(uint2, data);
-    words[0] = two.x;
-    words[COUNT - 1] = two.y;
-  } else {
-    words[0] = LOAD(uint, data);
-  }
-}
 
 // the weights of pair p, of codes OFFSET + code; OFFSET is 128 in bfloat
 template <int BITS, typename P>

@@ -1,4 +1,4 @@
-// Rows of weights in chunks, dense or packed as MLX packs them: loaded first, decoded later.
+// Rows of weights in chunks, dense or packed as MLX packs them: loaded first, decoded later. After words.h.
 //
 //   auto matrix = weights<T, BITS, GROUP>(data, scales, biases, in);  // or a stack of matrices
 //   auto row = matrix.row(index);                  // slot * out + feature in a stack
@@ -38,29 +38,6 @@ struct Chunk {
   float scale;
   float bias;
   uint one;  // 1.0f
-
-  template <typename D>
-  HELPER void load(D data) {
-    if (words % 4 == 0) {
-#pragma unroll
-      for (int i = 0; i + 3 < words; i += 4) {
-        auto four = LOAD(uint4, data + i);
-        word[i] = four.x;
-        word[i + 1] = four.y;
-        word[i + 2] = four.z;
-        word[i + 3] = four.w;
-      }
-    } else if (words == 2) {
-      auto two = LOAD(uint2, data);
-      word[0] = two.x;
-      word[words - 1] = two.y;
-    } else {
-#pragma unroll
-      for (int i = 0; i < words; ++i) {
-        word[i] = data[i];
-      }
-    }
-  }
 
   // A code becomes a float without a conversion: as bits of the mantissa of 1.0 it is worth
   // 1 + code / 2^power, and scale * code + bias = 2^power * scale * (1 + code / 2^power)
@@ -123,7 +100,7 @@ struct Weights {
 
   HELPER Chunk<T, BITS> load(int i) {
     Chunk<T, BITS> chunk;
-    chunk.load(data + i * Chunk<T, BITS>::words);
+    load_words<Chunk<T, BITS>::words>(data + i * Chunk<T, BITS>::words, chunk.word);
     chunk.scale = float(scales[i * Chunk<T, BITS>::values / GROUP]);
     chunk.bias = float(biases[i * Chunk<T, BITS>::values / GROUP]);
     // unknown to the compiler, which makes one instruction of `and` and `or` with one constant only
