@@ -75,6 +75,8 @@ namespace metal::precise { HELPER float exp(float x) { return ::expf(x); } }
 HELPER int tile_row(uint lane) { return int(lane / 4u); }
 HELPER int tile_quarter(uint lane) { return int(lane % 4u); }
 HELPER uint tile_input(uint pair, uint lane) { return pair; }
+HELPER uint lower_halves(uint a, uint b) { return __byte_perm(a, b, 0x5410); }
+HELPER uint upper_halves(uint a, uint b) { return __byte_perm(a, b, 0x7632); }
 HELPER uint pair_product_of(__nv_bfloat162 a, __nv_bfloat162 b) { return as_type<uint>(__hmul2(a, b)); }
 template <typename T> HELPER uint pair_product(uint a, uint b) { static_assert(sizeof(T) == 2); return pair_product_of(as_type<__nv_bfloat162>(a), as_type<__nv_bfloat162>(b)); }
 template <typename T, typename P> HELPER void tile_multiply(P sums, uint a, uint b, uint c, uint d, uint x, uint y) { asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};" : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3]) : "r"(a), "r"(b), "r"(c), "r"(d), "r"(x), "r"(y)); }

@@ -29,10 +29,17 @@ HELPER TileWeights<2, D, S> tile_weights(D data, S scales, S biases, D up, S up_
   return two;
 }
 
-// which of the mask's rows is number n, its lowest if it has not so many
+// which of the mask's rows is number n, its lowest if it has not so many; without a loop of n turns
 HELPER int row_number(uint mask, int n) {
-  uint left = without_lowest(mask, n);
-  return lowest_bit(left != 0 ? left : mask);
+  int row = 0;
+  int left = int(metal::popcount(mask)) > n ? n : 0;
+#pragma unroll
+  for (int width = 16; width > 0; width /= 2) {
+    int below = int(metal::popcount((mask >> row) & ((1u << width) - 1u)));
+    row = left >= below ? row + width : row;
+    left = left >= below ? left - below : left;
+  }
+  return row;
 }
 
 // Features first .. + 16 * SIMDGROUPS / SPLIT - 1 of silu(gate h) * (up h), h = rms_norm(x), by a
@@ -49,11 +56,11 @@ HELPER void tile_hidden(W both, int base, int in, int inner, int first, X x, N n
   int pair = 2 * tile_quarter(lane);
   int groups = in / TileStep<BITS, GROUP>::group / SPLIT;
   int from = simdgroup % SPLIT * groups;
-  int features[4];
-#pragma unroll
-  for (int f = 0; f < 4; ++f) {
-    features[f] = base + metal::min(first + simdgroup / SPLIT * 16 + f % 2 * 8 + own_row, inner - 1);
-  }
+  int features[4];  // as an inner size is a multiple of 16, so that the second is always 8 further
+  features[0] = base + metal::min(first + simdgroup / SPLIT * 16, inner - 16) + own_row;
+  features[1] = features[0] + 8;
+  features[2] = features[0];
+  features[3] = features[1];
 #pragma unroll 1
   for (uint left = mask; left != 0; left = without_lowest(left, 8)) {
     int count = metal::min(int(metal::popcount(left)), 8);
@@ -61,7 +68,7 @@ HELPER void tile_hidden(W both, int base, int in, int inner, int first, X x, N n
     inputs[0] = row_number(left, own_row);
     float sums[8];
     float squares[4];
-    tile_dots<T, BITS, GROUP, 2, 1, UNROLL, true>(both.data, both.scales, both.biases, features, x, inputs, in, norm, from, from + groups, lane, sums, squares);
+    tile_dots<T, BITS, GROUP, 2, 1, UNROLL, true, true>(both.data, both.scales, both.biases, features, x, inputs, in, norm, from, from + groups, lane, sums, squares);
     if (left != mask) {
       threadgroup_barrier(mem_flags::mem_threadgroup);  // the rows before these have been read
     }
@@ -110,7 +117,7 @@ HELPER void tile_outputs(W down, int base, int inner, X hidden, int count, int s
   inputs[0] = simd_shuffle(source, uint(own_row));
   float sums[4];
   float squares[4];
-  tile_dots<T, BITS, GROUP, 1, 1, UNROLL, false>(down.data, down.scales, down.biases, features, hidden, inputs, inner, hidden, 0, inner / TileStep<BITS, GROUP>::group, lane, sums, squares);
+  tile_dots<T, BITS, GROUP, 1, 1, UNROLL, false, true>(down.data, down.scales, down.biases, features, hidden, inputs, inner, hidden, 0, inner / TileStep<BITS, GROUP>::group, lane, sums, squares);
 #pragma unroll
   for (int k = 0; k < 2; ++k) {
     int at = 16 * simd_shuffle(place, uint(pair + k)) + own_row;

@@ -25,7 +25,8 @@ HIDDEN_SIMDGROUPS = 4  # of a threadgroup of expert_hidden_tiles, a multiple of 
 # Of a threadgroup of expert_sum_tiles, at most. A thread takes up to 128 registers, and these
 # allow 136: the compiler is the driver's, and no two need be alike.
 SUM_SIMDGROUPS = 15
-WORDS = 16  # of weights that a lane reads at once, at most
+HIDDEN_WORDS = 32  # of weights that a lane of expert_hidden_tiles reads at once, at most
+SUM_WORDS = 16
 GROUPS = 4  # that it does so of, at most: of each it holds scales and biases, too
 MEMORY = 32768  # bytes of a threadgroup
 
@@ -89,7 +90,6 @@ def hidden_launch(task: Task) -> Launch:
         for features, split in zip((task.inner, task.shared_inner), splits, strict=True)
     )
     threads = 32 * HIDDEN_SIMDGROUPS
-    most = WORDS if task.rows == 1 else WORDS // 2  # where more simdgroups wait, each has less
     return EXPERT_HIDDEN_TILES.launch(
         task.hidden_shapes,
         [task.dtype, task.dtype],
@@ -98,9 +98,9 @@ def hidden_launch(task: Task) -> Launch:
         template={
             **task.template(0),
             "SPLIT": splits[0],
-            "UNROLL": _unroll(bank[0], splits[0], 2, most) if bank else 1,
+            "UNROLL": _unroll(bank[0], splits[0], 2, HIDDEN_WORDS) if bank else 1,
             "SHARED_SPLIT": splits[1],
-            "SHARED_UNROLL": _unroll(shared[0], splits[1], 2, most) if shared else 1,
+            "SHARED_UNROLL": _unroll(shared[0], splits[1], 2, HIDDEN_WORDS) if shared else 1,
             "SIMDGROUPS": HIDDEN_SIMDGROUPS,
         },
     )
@@ -115,8 +115,8 @@ def sum_launch(task: Task) -> Launch:
         threadgroup=(threads, 1, 1),
         template={
             **task.sum_template(),
-            "UNROLL": _unroll(task.bank[2], 1, 1, WORDS) if task.bank else 1,
-            "SHARED_UNROLL": _unroll(task.shared[2], 1, 1, WORDS) if task.shared else 1,
+            "UNROLL": _unroll(task.bank[2], 1, 1, SUM_WORDS) if task.bank else 1,
+            "SHARED_UNROLL": _unroll(task.shared[2], 1, 1, SUM_WORDS) if task.shared else 1,
         },
     )
 

@@ -12,25 +12,19 @@
 // and `sum x` comes from a product with ones, so that what is subtracted is what was added.
 // Inf in x gives NaN, and so does a group of which 2176 sum |x| (16 x, of 8 bits) overflows float.
 //
-//   tile_dots<T, BITS, GROUP, TILES, ROW_TILES, UNROLL, NORM>(
+//   tile_dots<T, BITS, GROUP, TILES, ROW_TILES, UNROLL, NORM, LATE>(
 //       data, scales, biases, features, x, rows, in, norm, from, to, lane, sums, squares);
 //
 // data[TILES], scales[TILES], biases[TILES]: the matrix of each tile as in weights.h, BITS 4, 8, or
-// 0 for dense; features[2 * TILES]: rows of weights, of this lane; x T [.., in]; rows[ROW_TILES]: rows of x, of this lane; norm T [in],
-// multiplied to x if NORM; from .. to: groups of GROUP inputs (of 32 when dense), a multiple of
-// UNROLL many. Set: sums[(tile * ROW_TILES + row tile) * 4 ..]: feature tile_row with both rows,
-// then tile_row + 8; if NORM, squares[row tile * 4 ..]: products of rows of x with each other,
+// 0 for dense, UNROLL groups' scales from a whole multiple of their size on; features[2 * TILES]:
+// rows of weights, of this lane; x T [.., in]; rows[ROW_TILES]: rows of x, of this lane; norm T [in],
+// multiplied to x if NORM; from .. to: groups of GROUP inputs (of 32 when dense), from a multiple of
+// UNROLL on, a multiple of UNROLL many. LATE: x is not read before the weights have come: fewer
+// registers, so that more simdgroups wait for weights at once. It and UNROLL change no bits.
+// Set: sums[(tile * ROW_TILES + row tile) * 4 ..]: feature tile_row with both rows, then
+// tile_row + 8; if NORM, squares[row tile * 4 ..]: products of rows of x with each other,
 // tile_row with both, so each row's sum of x^2 is in one lane (tile_square).
 // The bits of a sum depend on its row of x, its weights and from, to alone.
-
-// of pairs of values in a word, the first in its lower half
-HELPER uint lower_halves(uint a, uint b) {
-  return (a & 0xffffu) | (b << 16);
-}
-
-HELPER uint upper_halves(uint a, uint b) {
-  return (a >> 16) | (b & 0xffff0000u);
-}
 
 template <typename T>
 HELPER uint both_halves(float value) {
@@ -51,10 +45,10 @@ struct TileStep {
   };
 };
 
-// the weights of pair p, of codes OFFSET + code; OFFSET is 128 in bfloat
+// the weights of pair p, of codes OFFSET + code; twice: OFFSET, 128 in bfloat, in both halves
 template <int BITS, typename P>
-HELPER uint weight_pair(P words, int p) {
-  return BITS == 0 ? words[p] : ((words[p / 4] >> (4 * (p % 4))) & 0x000f000fu) | 0x43004300u;
+HELPER uint weight_pair(P words, int p, uint twice) {
+  return BITS == 0 ? words[p] : ((words[p / 4] >> (4 * (p % 4))) & 0x000f000fu) | twice;
 }
 
 // the values of x that pair p is multiplied with, of x as it lies in memory
@@ -72,19 +66,49 @@ HELPER uint input_pair(P x, int p) {
   return p % 2 ? pair_product<T>(pair, both_halves<T>(16.0f)) : pair;
 }
 
+// of COUNT groups side by side, all at once, as they are: two in a word
+template <int COUNT, typename S, typename P>
+HELPER void load_scales(S scales, P words) {
+  if (COUNT == 1) {
+    words[0] = as_type<ushort>(scales[0]);
+  } else {
+    load_words<(COUNT > 1 ? COUNT / 2 : 1)>(scales, words);
+  }
+}
+
+template <typename T, typename P>
+HELPER float scale_of(P words, int group) {
+  return float(as_type<T>(ushort(words[group / 2] >> (16 * (group % 2)))));
+}
+
 // where the sum of squares of row r is: in squares[tile_row % 2] of the lane of which this is true
 HELPER bool tile_square(uint lane) {
   return tile_quarter(lane) == tile_row(lane) / 2;
 }
 
-template <typename T, int BITS, int GROUP, int TILES, int ROW_TILES, int UNROLL, bool NORM, typename D, typename S, typename F, typename X, typename R, typename N, typename P, typename Q>
+// of ROW_TILES rows of x a lane's share of a step, and of their weights
+template <int HALVES, int ROW_TILES, bool NORM, typename X, typename R, typename N, typename P>
+HELPER void load_inputs(X x, R rows, int in, N norm, int first, P values, P weights) {
+#pragma unroll
+  for (int r = 0; r < ROW_TILES; ++r) {
+    load_words<HALVES>(x + ulong(rows[r]) * uint(in) + first, values + r * HALVES);
+  }
+  if (NORM) {
+    load_words<HALVES>(norm + first, weights);
+  }
+}
+
+template <typename T, int BITS, int GROUP, int TILES, int ROW_TILES, int UNROLL, bool NORM, bool LATE, typename D, typename S, typename F, typename X, typename R, typename N, typename P, typename Q>
 HELPER void tile_dots(D data, S scales, S biases, F features, X x, R rows, int in, N norm, int from, int to, uint lane, P sums, Q squares) {
   using Step = TileStep<BITS, GROUP>;
   const int steps = UNROLL * Step::count;
   const int halves = Step::each / 2;  // words of x in a step
+  const int packs = UNROLL > 1 ? UNROLL / 2 : 1;  // words of scales
   const int span = Step::words * 4 * int(sizeof(uint) / sizeof(*data[0]));  // elements of data in a step
   const int quarter = tile_quarter(lane);
   const uint ones = both_halves<T>(1.0f);
+  // unknown to the compiler, which makes one instruction of `and` and `or` with one constant only
+  const uint twice = 0x43004300u | (uint(features[0]) >> 31);
 #pragma unroll
   for (int i = 0; i < TILES * ROW_TILES * 4; ++i) {
     sums[i] = 0.0f;
@@ -95,10 +119,10 @@ HELPER void tile_dots(D data, S scales, S biases, F features, X x, R rows, int i
   }
 #pragma unroll 1
   for (int group = from; group < to; group += UNROLL) {
-    // all that is read, before any of it is used: the longest way first
+    // all weights that are read, before any of them is used: the longest way first
     uint words[steps * 2 * TILES * Step::words];
-    float factors[BITS == 0 ? 1 : UNROLL * 2 * TILES];
-    float offsets[BITS == 0 ? 1 : UNROLL * 2 * TILES];
+    uint factors[packs * 2 * TILES];
+    uint offsets[packs * 2 * TILES];
     uint values[steps * ROW_TILES * halves];
     uint weights[NORM ? steps * halves : 1];
 #pragma unroll
@@ -113,23 +137,15 @@ HELPER void tile_dots(D data, S scales, S biases, F features, X x, R rows, int i
     if (BITS != 0) {
 #pragma unroll
       for (int f = 0; f < 2 * TILES; ++f) {
-        ulong row = ulong(features[f]) * uint(in / Step::group);
-#pragma unroll
-        for (int u = 0; u < UNROLL; ++u) {
-          factors[u * 2 * TILES + f] = float(scales[f / 2][row + uint(group + u)]);
-          offsets[u * 2 * TILES + f] = float(biases[f / 2][row + uint(group + u)]);
-        }
+        ulong at = ulong(features[f]) * uint(in / Step::group) + uint(group);
+        load_scales<UNROLL>(scales[f / 2] + at, factors + f * packs);
+        load_scales<UNROLL>(biases[f / 2] + at, offsets + f * packs);
       }
     }
+    if (!LATE) {
 #pragma unroll
-    for (int s = 0; s < steps; ++s) {
-      int first = (group * Step::count + s) * Step::inputs + quarter * Step::each;
-#pragma unroll
-      for (int r = 0; r < ROW_TILES; ++r) {
-        load_words<halves>(x + ulong(rows[r]) * uint(in) + first, values + (s * ROW_TILES + r) * halves);
-      }
-      if (NORM) {
-        load_words<halves>(norm + first, weights + s * halves);
+      for (int s = 0; s < steps; ++s) {
+        load_inputs<halves, ROW_TILES, NORM>(x, rows, in, norm, (group * Step::count + s) * Step::inputs + quarter * Step::each, values + s * ROW_TILES * halves, weights + (NORM ? s * halves : 0));
       }
     }
     simdgroup_barrier(mem_flags::mem_none);  // no load is put off until it is needed
@@ -147,6 +163,9 @@ HELPER void tile_dots(D data, S scales, S biases, F features, X x, R rows, int i
       }
 #pragma unroll
       for (int s = u * Step::count; s < (u + 1) * Step::count; ++s) {
+        if (LATE) {
+          load_inputs<halves, ROW_TILES, NORM>(x, rows, in, norm, (group * Step::count + s) * Step::inputs + quarter * Step::each, values + s * ROW_TILES * halves, weights + (NORM ? s * halves : 0));
+        }
 #pragma unroll
         for (int r = 0; r < ROW_TILES; ++r) {
           auto own = values + (s * ROW_TILES + r) * halves;
@@ -169,7 +188,7 @@ HELPER void tile_dots(D data, S scales, S biases, F features, X x, R rows, int i
             for (int t = 0; t < TILES; ++t) {
               auto upper = words + (s * 2 * TILES + 2 * t) * Step::words;
               auto lower = upper + Step::words;
-              tile_multiply<T>(parts + (t * ROW_TILES + r) * 4, weight_pair<BITS>(upper, p), weight_pair<BITS>(lower, p), weight_pair<BITS>(upper, p + 1), weight_pair<BITS>(lower, p + 1), one, other);
+              tile_multiply<T>(parts + (t * ROW_TILES + r) * 4, weight_pair<BITS>(upper, p, twice), weight_pair<BITS>(lower, p, twice), weight_pair<BITS>(upper, p + 1, twice), weight_pair<BITS>(lower, p + 1, twice), one, other);
             }
           }
         }
@@ -181,8 +200,8 @@ HELPER void tile_dots(D data, S scales, S biases, F features, X x, R rows, int i
         } else {
           int f = i / (4 * ROW_TILES) * 2 + i % 4 / 2;
           float total = totals[i / 4 % ROW_TILES * 4 + i % 2];
-          float factor = factors[u * 2 * TILES + f];
-          float offset = offsets[u * 2 * TILES + f];
+          float factor = scale_of<T>(factors + f * packs, u);
+          float offset = scale_of<T>(offsets + f * packs, u);
           sums[i] = metal::fma(factor, metal::fma(-128.0f, total, parts[i]), sums[i]);
           sums[i] = metal::fma(BITS == 8 ? offset / 17.0f : offset, total, sums[i]);  // of x and 16 x
         }
