@@ -6,6 +6,7 @@
 #define LOAD(type, pointer) (*reinterpret_cast<const type*>(pointer))
 #define STORE(type, pointer, value) (*reinterpret_cast<type*>(pointer) = (value))
 #define WRITABLE(type, pointer) (const_cast<type*>(pointer))
+#define FLOATS(array) (reinterpret_cast<float*>(array))
 #define INF __int_as_float(0x7f800000)
 
 // types

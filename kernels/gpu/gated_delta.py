@@ -15,8 +15,8 @@ from specdec.kernels.gpu.resident import resident
 from specdec.kernels.gpu.tree_program import most_slots, tree_program
 from specdec.kernels.layout import TreeLayout
 
-SIMDGROUPS = 16  # of a threadgroup, at most
-STATE = 32  # floats of the state in a thread's registers: more, and 512 threads have no room
+SIMDGROUPS = 8  # of a threadgroup, at most: so a thread may have all the registers there are
+STATE = 64  # floats of the state in a thread's registers
 TAPS = range(2, 9)
 LAYERS = 4  # of one launch of the replay
 
@@ -164,19 +164,20 @@ def _tree_launch(
         raise _unsupported(f"{taps} taps, expected {TAPS[0]} to {TAPS[-1]}")
     if heads % key_heads:
         raise _unsupported(f"{heads} value heads, expected a multiple of {key_heads} key heads")
-    values = 1  # rows of the state that a simdgroup has
+    values = 4  # rows of the state that a simdgroup has
     while value_dim > SIMDGROUPS * values:
         values *= 2
     each = -(-key_dim // 32)
     if (
-        value_dim % max(values, 4)
+        value_dim % values
         or values > 16
         or values * each > STATE
+        or key_dim % 4
         or not 4 <= key_dim <= 256
     ):
         raise _unsupported(
-            f"states of {value_dim} x {key_dim}, expected up to 256 x 64, 128 x 128 or 64 x 256, "
-            f"the first a multiple of {max(values, 4)}"
+            f"states of {value_dim} x {key_dim}, expected up to 128 x 128 or 64 x 256, "
+            f"the first a multiple of {values}, the second of 4"
         )
     alone = rows == 1
     channels = 2 * key_heads * key_dim + heads * value_dim

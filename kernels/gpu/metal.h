@@ -10,6 +10,8 @@
 #define STORE(type, pointer, value) (*reinterpret_cast<device type*>(pointer) = (value))
 // an input that the kernel writes into: auto to = WRITABLE(T, keys) + place;
 #define WRITABLE(type, pointer) (const_cast<device type*>(pointer))
+// the floats of SHARED(float4, fours, 32), one by one
+#define FLOATS(array) (reinterpret_cast<threadgroup float*>(array))
 #define INF INFINITY
 
 // matrix units: 16 x 16 weights with 16 x 8 values of x, in pairs of 16 bits. A lane has two values

@@ -1,11 +1,12 @@
 // The sums over all lanes of COUNT values that each lane has, in values[0 .. COUNT - 1], which are
 // overwritten; COUNT: a power of 2 up to 32. A lane gets the sum number sum_of_lane<COUNT>(lane).
+// With LANES, a power of 2 from COUNT on, each run of so many lanes adds up its own.
 // Each sum has the bits of a simd_sum, with COUNT + 4 shuffles instead of 5 * COUNT. sum_of_lane is
 // its own inverse: of a number below COUNT it is the first lane that gets that sum.
-template <int COUNT, typename P>
+template <int COUNT, int LANES = 32, typename P>
 HELPER float simd_sums(P values, uint lane) {
 #pragma unroll
-  for (int step = 1; step < 32; step *= 2) {
+  for (int step = 1; step < LANES; step *= 2) {
     const int left = COUNT / (2 * step);  // of values, a constant: what is not unrolled is spilled
     // one lane of each pair goes on with the lower half of the values, the other with the upper
     bool upper = (lane & uint(step)) != 0;

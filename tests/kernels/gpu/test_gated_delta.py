@@ -23,7 +23,7 @@ from tests.trees import path_to, random_parents
 pytestmark = pytest.mark.skipif(compiler() is None, reason="needs g++ on Linux")
 
 TINY = {"key_heads": 2, "heads": 4, "key_dim": 16, "value_dim": 32, "taps": 4}
-SMALL = {"key_heads": 1, "heads": 2, "key_dim": 40, "value_dim": 72, "taps": 3}
+SMALL = {"key_heads": 1, "heads": 2, "key_dim": 40, "value_dim": 80, "taps": 3}
 CHAIN = np.arange(-1, 6, dtype=np.int32)
 # branches that go on at two depths: needs two slots
 BUSH = np.array([-1, 0, 1, 1, 2, 3, 3, 0, 7, 7, 8, 9, 0, 12], np.int32)
@@ -232,7 +232,7 @@ def test_what_is_not_taken():
             replay([y], [y], [Tape((y, y), None)], [0])
         for shape, words in [
             ({"key_dim": 257}, "states of 32 x 257"),
-            ({"value_dim": 132}, "states of 132 x 16.* a multiple of 16"),
+            ({"value_dim": 132}, "states of 132 x 16.* a multiple of 32"),
             ({"key_dim": 160, "value_dim": 128}, "states of 128 x 160"),
             ({"taps": 9}, "9 taps, expected 2 to 8"),
             ({"key_heads": 3}, "4 value heads, expected a multiple of 3 key heads"),
@@ -267,15 +267,14 @@ def test_slots_of_the_walk():
 
 @pytest.mark.parametrize("alone", [True, False])
 def test_cuda_compiles_and_its_registers_suffice(alone, tmp_path):
-    """512 threads share the 65536 registers of a multiprocessor; nothing spills."""
+    """A threadgroup's threads share the 65536 registers of a multiprocessor; nothing spills."""
     dtype, shape = mx.bfloat16, {"KEY_DIM": 128, "VALUE_DIM": 128, "REPEATS": 2, "TAPS": 4}
     record = dtype if alone else mx.float32
-    template = {"T": dtype, "R": record, "SINGLE": alone, "VALUES": 8, **shape}
+    template = {"T": dtype, "R": record, "SINGLE": alone, "VALUES": 16, **shape}
     floats = [mx.float32] * 2
     inputs = [*[dtype] * 5, *floats, dtype, mx.float32, dtype, mx.float32, mx.int32, mx.int32]
-    assert (
-        compiled(cuda_source(TREE, inputs, [dtype, record, mx.float32], template), tmp_path) <= 128
-    )
+    text = cuda_source(TREE, inputs, [dtype, record, mx.float32], template)
+    assert compiled(text, tmp_path) <= 65536 // 256
     if alone:
         template = {"T": dtype, "VALUES": 4, "HEADS": 32, **shape}
         inputs = [mx.int32, *[dtype, *floats] * 4]
