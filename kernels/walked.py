@@ -6,8 +6,9 @@ import numpy as np
 from specdec.kernels.executor import operation
 
 CAME = 36
-"""Numbers of what came of a round, int32: how many rows its path has, its rows from 1 on, the bonus
-token at BONUS, the committed length afterwards at LENGTH; all else 0."""
+"""What came of a round, int32: how many rows its path has, its rows from 1 on, the bonus token at
+BONUS, the committed length afterwards at LENGTH, 0 up to CAME. Behind it, of a round that was
+walked, the verdict [2 * rows], and the tree: one array tells the host all of it."""
 BONUS, LENGTH = 33, 34
 
 
@@ -41,6 +42,7 @@ def walked(
         last, bonus = mx.where(taken, row, last), mx.where(taken, verdict[row, 0], bonus)
         length = length + taken.astype(mx.int32)
     came = [length[None], path[: BONUS - 1], bonus[None], (before + length)[None], mx.zeros(1)]
+    came += [verdict.reshape(-1), tree]
     places, at = numbers[1 : 1 + layers], 1 + layers + block
     seen = numbers[at + block :].reshape(-1, 4)
     moved = mx.concatenate([mx.maximum(seen[:, :3] + length, 0), seen[:, 3:]], axis=1)

@@ -19,6 +19,7 @@ from specdec.interrupt import Interrupts
 from specdec.kernels.array import Array, concatenate
 from specdec.kernels.gpu.limits import TREE_NODES
 from specdec.kernels.tapped import Taps
+from specdec.kernels.walked import CAME
 from specdec.round import PhaseSeconds, Prefill, Round
 from specdec.round_costs import RoundCosts
 from specdec.sampling import GREEDY, Sampling
@@ -129,7 +130,7 @@ class Engine:
         ahead = perf_counter() - verified if begun else 0.0
         if grown is not None:
             self._follow(limit)
-            tree = self._known(grown)
+            tree = self._known(grown, output)
         path, bonus = self.chooser.walk(tree, output.logits, output.verdict)
         times.append(perf_counter())
         taps = [Taps(output.tapped, path)] if self._drafting else []
@@ -183,10 +184,15 @@ class Engine:
         tree = self.target.look_past(found, limit, came)
         self._next = None if tree is None else (found, tree)
 
-    def _known(self, grown: GrownTree) -> DraftTree:
-        """The tree, once the draft is done."""
+    def _known(self, grown: GrownTree, output: Output) -> DraftTree:
+        """The tree, once the pass is done: read back with what came of it."""
         assert self.draft is not None
         assert self._bonus is not None
+        assert self._past is not None
+        assert output.verdict is not None
+        numbers, end = np.array(self._past.came), CAME + 2 * grown.rows
+        output.verdict.known(numbers[CAME:end])
+        grown.known(numbers[end:])
         try:
             return grown.host
         except NonFiniteError:

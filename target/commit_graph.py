@@ -64,7 +64,7 @@ class CommitGraph(Graphs):
 
     def ahead(self, this: TreePass, came: Array) -> State:
         """The state once the path is committed that a GPU found, before it is; of the same buffers.
-        Begun, not waited for. Only where kernels write in place.
+        Begun with the pass that reads it. Only where kernels write in place.
 
         came: as kernels.walked. As long as nothing is committed the rows that are moved count for
         nothing. The length stays what it was: how long the path is, the host does not know.
@@ -85,7 +85,6 @@ class CommitGraph(Graphs):
         )
         for last in done:
             state.written.by(last)
-        start(*done, *state.conv, *state.recurrent)
         return state
 
 

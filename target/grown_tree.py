@@ -21,9 +21,17 @@ class GrownTree:
         return len(self.made.tokens)
 
     @cached_property
+    def _numbers(self) -> np.ndarray:
+        return np.array(self.made.tree)
+
+    def known(self, numbers: np.ndarray) -> None:
+        """What was read back with other things, so as not to be read again."""
+        self.__dict__["_numbers"] = numbers
+
+    @cached_property
     def host(self) -> DraftTree:
         """The tree; waits for the draft. NonFiniteError on NaN or Inf in its logits."""
-        numbers = np.array(self.made.tree)
+        numbers = self._numbers
         if not numbers[-1]:
             raise NonFiniteError("NaN or Inf in the draft's logits")
         tokens, parents, weights = numbers[:-1].reshape(3, self.rows)

@@ -26,6 +26,10 @@ class Verdict:
     def _host(self) -> np.ndarray:
         return np.array(self.rows)
 
+    def known(self, rows: np.ndarray) -> None:
+        """What was read back with other things, so as not to be read again."""
+        self.__dict__["_host"] = rows.reshape(-1, 2)
+
     @property
     def best(self) -> np.ndarray:
         """int32 [rows]: the most probable token, the lowest id among equals."""

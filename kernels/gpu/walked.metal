@@ -2,7 +2,8 @@
 // verdict int [rows, 2]: the most probable token after each row first; tree int [2 * rows or more]:
 // tokens, parents; asked int [COUNT + 1 or more], its last: the numbers of a draft's pass after which
 // no row was told (specdec/draft/graph.py), and the committed length before the walk
-// -> numbers int [COUNT], the rows of the path told; came int [36], as kernels.walked says
+// -> numbers int [COUNT], the rows of the path told; came int [36 + the sizes of verdict and tree], as
+//    kernels.walked says
 // grid (128, 1, 1), threadgroup (128, 1, 1)
 SHARED(int, path, 32);
 SHARED(int, found, 2);
@@ -29,6 +30,8 @@ if (me < 36) {
   value = me == 0 ? length : me == 33 ? found[1] : value;
   came[me] = me == 34 ? asked[asked_shape[0] - 1] + length : value;
 }
+for (int i = me; i < 2 * rows; i += 128) came[36 + i] = verdict[i];
+for (int i = me; i < tree_shape[0]; i += 128) came[36 + 2 * rows + i] = tree[i];
 constexpr int COUNT = 1 + LAYERS + 2 * BLOCK + 4 * BLOCK * LAYERS;
 auto from = asked + (asked_shape[0] - 1 - COUNT);
 for (int i = me; i < COUNT; i += 128) {

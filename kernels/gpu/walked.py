@@ -32,7 +32,7 @@ def _launch(rows: int, tree: int, numbers: int, layers: int, block: int) -> Laun
     assert tree >= 2 * rows
     assert numbers > count
     return WALKED.launch(
-        [(count,), (CAME,)],
+        [(count,), (CAME + 2 * rows + tree,)],
         [mx.int32, mx.int32],
         grid=(128, 1, 1),
         threadgroup=(128, 1, 1),

@@ -12,7 +12,7 @@ from specdec.kernels.array import Backend
 from specdec.kernels.executor import gpu_kernels
 from specdec.kernels.gpu.in_place import write_in_place
 from specdec.kernels.tapped import Taps
-from specdec.kernels.walked import came_before, walked
+from specdec.kernels.walked import CAME, came_before, walked
 from specdec.tree.draft_tree import DraftTree
 from specdec.tree.walk import walk
 from tests.draft.reference import BLOCK, CASES, HIDDEN, TAPS, Reference, make_draft
@@ -213,16 +213,18 @@ def test_the_walk_is_that_of_the_reference(on_shim):
         asked = mx.array(np.concatenate([tokens, parents, numbers]).astype(np.int32))
         verdict = mx.array(np.stack([best, best], axis=1).astype(np.int32))
         by_reference = walked.reference  # type: ignore[attr-defined]
-        expected = by_reference(verdict, asked, asked, 2, 33)
         tree, rest = asked[: 2 * rows], asked[2 * rows :]
-        for found in (walked(verdict, asked, asked, 2, 33), walked(verdict, tree, rest, 2, 33)):
-            for one, wanted in zip(found, expected, strict=True):
+        for split in ((asked, asked), (tree, rest)):
+            expected = by_reference(verdict, *split, 2, 33)
+            for one, wanted in zip(walked(verdict, *split, 2, 33), expected, strict=True):
                 assert mx.array_equal(one, wanted)
         chosen = best.tolist()
         path, bonus = walk(DraftTree(tokens, parents, np.zeros(rows)), chosen.__getitem__)
         came = came_before(bonus, int(numbers[-1]) + len(path))
         came[: 1 + len(path)] = [len(path), *path]
-        np.testing.assert_array_equal(np.array(expected[1]), came)
+        found, behind = np.split(np.array(expected[1]), [CAME])
+        np.testing.assert_array_equal(found, came)
+        np.testing.assert_array_equal(behind, [*np.array(verdict).ravel(), *np.array(tree)])
 
 
 def test_non_finite_numbers_name_the_layer(on_shim):
