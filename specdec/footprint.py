@@ -66,6 +66,12 @@ class Sizes:
         """The most tokens a session commits: the last round may overshoot by a block."""
         return self.context + (draft.block_size if draft else 0)
 
+    def staged(self, draft: DraftConfig | None) -> int:
+        """The most positions that keys and values are written to: those of the last round's rows,
+        which begins before the last token, and on a GPU of a round that is begun ahead of it."""
+        rounds = 1 if self.row_by_row else 2
+        return max(self.committed(draft), self.context - 1 + rounds * self.rows)
+
 
 def verify_rows(budget: int) -> int:
     """Rows of a verify pass: plain decoding (budget 1) has the root alone."""
@@ -121,7 +127,7 @@ def _dense_tensors(
 
 
 def kv_capacity(context: int) -> int:
-    """Positions the key and value buffers hold once `context` tokens are committed."""
+    """Positions the key and value buffers hold once `context` of them were written to."""
     return -(-context // KV_STEP) * KV_STEP
 
 

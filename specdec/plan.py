@@ -149,7 +149,7 @@ def _reads_parts(store: Store, streaming: Streaming) -> list[Part]:
 def _state_parts(
     store: Store, draft: tuple[Checkpoint, DraftConfig] | None, sizes: Sizes
 ) -> list[Part]:
-    config, context = store.config, sizes.committed(draft[1] if draft else None)
+    config, context = store.config, sizes.staged(draft[1] if draft else None)
     positions = f"{len(config.full_layers)} layers, {kv_capacity(context)} positions"
     parts = [Part("KV cache", kv_bytes(config, context, sizes.dtype), positions)]
     if config.linear_layers:

@@ -129,6 +129,25 @@ def test_state_follows_the_context_in_steps(store: ExpertStore) -> None:
     assert by_name(make_plan(store, None, SIZES, memory_bytes=AMPLE))["KV cache"] == 512 * row
 
 
+@pytest.mark.parametrize(
+    ("context", "budget", "row_by_row", "positions"),
+    [
+        (250, 6, True, 256),  # the last round's seven rows begin at place 249
+        (251, 6, True, 512),
+        (243, 6, False, 256),  # a GPU begins another round's seven behind seven that may come
+        (244, 6, False, 512),
+        (256, 1, True, 256),
+        (256, 1, False, 512),
+    ],
+)
+def test_keys_and_values_have_room_for_rows_that_never_count(
+    store: ExpertStore, context: int, budget: int, row_by_row: bool, positions: int
+) -> None:
+    sizes = Sizes(100, context, 64, budget, mx.float32, row_by_row)
+    found = by_name(make_plan(store, None, sizes, memory_bytes=AMPLE))["KV cache"]
+    assert found == kv_bytes(store.config, positions, mx.float32)
+
+
 def test_all_layers_are_pinned_when_they_fit(store: ExpertStore) -> None:
     least = fixed(store) + LAYERS * layer_bytes(store)
     plan = make_plan(store, None, SIZES, memory_bytes=least)
