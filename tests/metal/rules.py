@@ -20,9 +20,14 @@ def broken_rules(kernel: MetalKernel) -> list[str]:
     """One line per offence: the rule, and the line of the body or helper."""
     texts = [kernel.body, *((kernel.folder / name).read_text() for name in kernel.helpers)]
     lines = [line.split("//")[0].strip() for text in texts for line in text.splitlines()]
-    return [
+    broken = [
         f"{kernel.name}: {found[0]} {reason}: {line}"
         for line in lines
         for rule, reason in RULES.items()
         if (found := re.search(rule, line))
     ]
+    if bool(kernel.writes) != any("WRITABLE" in line for line in lines):
+        broken.append(
+            f"{kernel.name}: writes {kernel.writes or 'no input'}, the body does otherwise"
+        )
+    return broken

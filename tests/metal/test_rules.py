@@ -34,6 +34,17 @@ def test_each_offence_is_named(line, words, tmp_path):
     assert line in offences[0]
 
 
+def test_a_kernel_says_into_which_inputs_it_writes(tmp_path):
+    (tmp_path / "bad.metal").write_text("auto to = WRITABLE(float, x);\nto[0] = 1.0f;\n")
+    assert "no input" in broken_rules(MetalKernel("bad", ("x",), ("out",), folder=tmp_path))[0]
+    kernel = MetalKernel("bad", ("x",), ("out",), folder=tmp_path, writes=("x",))
+    assert broken_rules(kernel) == []
+    (tmp_path / "bad.metal").write_text("out[0] = x[0];\n")
+    assert (
+        "('x',)" in broken_rules(MetalKernel("bad", ("x",), ("out",), (), (), ("x",), tmp_path))[0]
+    )
+
+
 def test_a_kernel_gets_the_words_it_uses_and_no_others():
     assert RMS_NORM.header("metal").splitlines()[0] == "#define HELPER inline"
     header = RMS_NORM.header("cuda")
