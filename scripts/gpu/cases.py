@@ -11,6 +11,7 @@ from scripts.gpu import inputs
 from scripts.gpu.case import Case, Outputs, by_rows
 from scripts.gpu.geometry import TINY, Geometry
 from scripts.gpu.inputs import wide
+from scripts.gpu.rounds import round_cases
 from scripts.gpu.samples import cases as sample_cases
 from scripts.gpu.trees import attention_cases, mix_cases, replay_cases
 from specdec.kernels.array import to_numpy
@@ -237,4 +238,5 @@ def groups(g: Geometry, tiny: bool) -> dict[str, Callable[[], Iterator[Callable[
         "tree_attention": each(attention_cases),
         "mix_tree": each(mix_cases),
         "replay": each(replay_cases),
+        "rounds": each(round_cases),
     }

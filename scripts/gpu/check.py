@@ -134,7 +134,7 @@ def main() -> None:
         return
     names = list(groups(REAL, tiny))
     if args.plain:
-        names.remove("samples")  # they have no other form
+        names = [n for n in names if n not in ("samples", "rounds")]  # they have no other form
     names = args.only or names
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(args.jobs) as pool:
         found = pool.map(lambda name: spawn(name, args, Path(folder)), names)

@@ -6,11 +6,17 @@ import subprocess
 import sys
 from pathlib import Path
 
+import mlx.core as mx
 import pytest
 
+from scripts.gpu.case import check
 from scripts.gpu.geometry import REAL, TINY, config_of, write_model
+from scripts.gpu.rounds import kept_case, walk_case
+from specdec.kernels.executor import gpu_kernels
 from specdec.target.config import TargetConfig
 from tests.backends import REFERENCE
+from tests.metal.build import compiler
+from tests.metal.run import through_shim
 from tests.targets import logits_of, opened
 
 ROOT = Path(__file__).parents[2]
@@ -37,7 +43,6 @@ def test_the_real_geometry_is_one_that_the_engine_knows():
 
 def test_a_random_checkpoint_decodes_as_in_mlx_lm(tmp_path):
     load_model = pytest.importorskip("mlx_lm.utils").load_model
-    mx = pytest.importorskip("mlx.core")
     folder = write_model(tmp_path / "model", TINY)
     tokens = [1, 5, 9, 200, 639]
     with opened(folder, REFERENCE) as target:
@@ -56,6 +61,16 @@ def test_the_check_finds_the_reference_right(tmp_path):
     findings = json.loads(out.read_text())["findings"]
     assert {f["op"] for f in findings} == {"route", "replay"}
     assert all(f["ok"] for f in findings)
+
+
+@pytest.mark.skipif(compiler() is None, reason="needs g++ on Linux")
+def test_the_check_of_a_round_sees_one_wrong_number(monkeypatch):
+    with through_shim(), gpu_kernels():
+        assert check(walk_case(7)).ok
+        case = kept_case(mx.float32, TINY, 1, [0, 2])
+        assert check(case).ok
+        monkeypatch.setattr("scripts.gpu.rounds.kept_rows", lambda keys, *rest: keys[0])
+        assert "error" in check(case).failure
 
 
 def test_the_benchmark_runs(tmp_path):
