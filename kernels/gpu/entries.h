@@ -1,17 +1,5 @@
-// What the kernels of experts share: the rows of an entry of the union, the places of pairs of a row
-// and an expert, and the sums of a row's outputs in the order of their ranks.
-
-HELPER int lowest_bit(uint mask) {
-  return int(metal::popcount((mask & (0u - mask)) - 1u));
-}
-
-// the mask without its `count` lowest rows
-HELPER uint without_lowest(uint mask, int count) {
-  for (int i = 0; i < count; ++i) {
-    mask &= mask - 1u;
-  }
-  return mask;
-}
+// What the kernels of experts share: the places of pairs of a row and an expert, and the sums of a row's
+// outputs in the order of their ranks.
 
 // which of a row's experts this one is
 template <int TOP_K, typename E>

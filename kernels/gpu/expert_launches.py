@@ -23,7 +23,7 @@ HIDDEN_SIMDGROUPS = 4  # of a threadgroup of expert_hidden
 SUM_FEATURES = 8  # of a threadgroup of expert_sum
 SUM_SIMDGROUPS = 8
 
-HELPERS = ("words.h", "weights.h", "simd_sums.h", "entries.h", "experts.h")
+HELPERS = ("words.h", "weights.h", "simd_sums.h", "bits.h", "entries.h", "experts.h")
 EXPERT_HIDDEN = MetalKernel(
     "expert_hidden",
     inputs=HIDDEN_INPUTS,

@@ -1,4 +1,4 @@
-// What an expert computes on matrix units. After entries.h and tiles.h.
+// What an expert computes on matrix units. After bits.h, entries.h and tiles.h.
 
 // A matrix of T as tile_dots takes it: one pointer of each kind for each of TILES tiles.
 template <int TILES, typename D, typename S>

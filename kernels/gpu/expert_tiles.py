@@ -31,7 +31,7 @@ SUM_WORDS = 16
 GROUPS = 4  # that it does so of, at most: of each it holds scales and biases, too
 MEMORY = 32768  # bytes of a threadgroup
 
-HELPERS = ("words.h", "tiles.h", "entries.h", "expert_tiles.h")
+HELPERS = ("words.h", "tiles.h", "bits.h", "entries.h", "expert_tiles.h")
 EXPERT_HIDDEN_TILES = MetalKernel(
     "expert_hidden_tiles",
     inputs=HIDDEN_INPUTS,

@@ -1,5 +1,5 @@
 // What an expert computes for up to ROWS rows at once, by one simdgroup. After weights.h,
-// simd_sums.h and entries.h.
+// simd_sums.h, bits.h and entries.h.
 
 // What OUTS chunks of weights, of the values from `first` on, add to the sums of row_dots.
 template <typename T, int OUTS, int ROWS, int IN, bool NORM, typename C, typename X, typename I, typename N, typename P>

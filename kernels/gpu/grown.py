@@ -14,7 +14,7 @@ GROWN = MetalKernel(
     inputs=("found", "came", "cos", "sin"),
     outputs=("tokens", "tree", "paths", "program", "turn_cos", "turn_sin"),
     template=("ROWS", "COLUMNS", "SLOTS", "WIDTH", "TAPS"),
-    helpers=("entries.h",),
+    helpers=("bits.h",),
 )
 
 
