@@ -205,8 +205,8 @@ for (int first = 0; first < steps; first += CHUNK) {
       }
     }
     // Even lanes have what was read for the key, the odd ones beside them that for the query.
-    float read = factor.x * simd_sums<2 * OWN, LANES>(sums, lane);
-    float delta = factor.y * (wanted - read);
+    float read = simd_sums<2 * OWN, LANES>(sums, lane);
+    float delta = factor.y * metal::fma(-factor.x, read, wanted);
     if (SINGLE || mark.w == 0) {
 #pragma unroll
       for (int v = 0; v < OWN; ++v) {
@@ -217,7 +217,7 @@ for (int first = 0; first < steps; first += CHUNK) {
         }
       }
     }
-    float asked = simd_shuffle_xor(read, 1);
+    float asked = simd_shuffle_xor(factor.x * read, 1);
     if (writes) {
       staged[at] = metal::fma(delta, factor.z, asked);
       if (!SINGLE) {
@@ -239,7 +239,7 @@ for (int first = 0; first < steps; first += CHUNK) {
       found[j] = staged[other * ROW + VALUES_AT + 32 * j + lane];
       squares = metal::fma(found[j], found[j], squares);
     }
-    float scale = metal::rsqrt(simd_sum(squares) * (1.0f / float(VALUE_DIM)) + epsilon);
+    float scale = metal::rsqrt(metal::fma(simd_sum(squares), 1.0f / float(VALUE_DIM), epsilon));
 #pragma unroll
     for (int j = 0; j < VALUE_BLOCKS; ++j) {
       int value = 32 * j + int(lane);

@@ -17,6 +17,7 @@ from specdec.kernels.layout import TreeLayout
 
 SIMDGROUPS = 8  # of a threadgroup, at most: so a thread may have all the registers there are
 STATE = 64  # floats of the state in a thread's registers
+MAX_VALUES = 16  # rows of the state that a simdgroup has
 TAPS = range(2, 9)
 LAYERS = 4  # of one launch of the replay
 
@@ -164,20 +165,20 @@ def _tree_launch(
         raise _unsupported(f"{taps} taps, expected {TAPS[0]} to {TAPS[-1]}")
     if heads % key_heads:
         raise _unsupported(f"{heads} value heads, expected a multiple of {key_heads} key heads")
-    values = 4  # rows of the state that a simdgroup has
+    values = 4
     while value_dim > SIMDGROUPS * values:
         values *= 2
     each = -(-key_dim // 32)
     if (
         value_dim % values
-        or values > 16
+        or values > MAX_VALUES
         or values * each > STATE
         or key_dim % 4
         or not 4 <= key_dim <= 256
     ):
         raise _unsupported(
             f"states of {value_dim} x {key_dim}, expected up to 128 x 128 or 64 x 256, "
-            f"the first a multiple of {values}, the second of 4"
+            f"the first a multiple of {min(values, MAX_VALUES)}, the second of 4"
         )
     alone = rows == 1
     channels = 2 * key_heads * key_dim + heads * value_dim

@@ -1,8 +1,9 @@
 // The sums over all lanes of COUNT values that each lane has, in values[0 .. COUNT - 1], which are
 // overwritten; COUNT: a power of 2 up to 32. A lane gets the sum number sum_of_lane<COUNT>(lane).
 // With LANES, a power of 2 from COUNT on, each run of so many lanes adds up its own.
-// Each sum has the bits of a simd_sum, with COUNT + 4 shuffles instead of 5 * COUNT. sum_of_lane is
-// its own inverse: of a number below COUNT it is the first lane that gets that sum.
+// Over 32 lanes each sum has the bits of a simd_sum, with at most COUNT + 4 shuffles instead of
+// 5 * COUNT. sum_of_lane is its own inverse: of a number below COUNT it is the first lane, of a run,
+// that gets that sum.
 template <int COUNT, int LANES = 32, typename P>
 HELPER float simd_sums(P values, uint lane) {
 #pragma unroll

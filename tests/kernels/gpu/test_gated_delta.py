@@ -22,6 +22,7 @@ from tests.trees import path_to, random_parents
 
 pytestmark = pytest.mark.skipif(compiler() is None, reason="needs g++ on Linux")
 
+DEMO = {"key_heads": 1, "heads": 2, "key_dim": 64, "value_dim": 64, "taps": 4}
 TINY = {"key_heads": 2, "heads": 4, "key_dim": 16, "value_dim": 32, "taps": 4}
 SMALL = {"key_heads": 1, "heads": 2, "key_dim": 40, "value_dim": 80, "taps": 3}
 CHAIN = np.arange(-1, 6, dtype=np.int32)
@@ -149,7 +150,7 @@ class Decoding:
         (TINY, mx.float32, BUSH, {"sanitize": "races"}),
         (SMALL, mx.float32, [-1], {"sanitize": "memory"}),
         (SMALL, mx.float32, BUSH, {"sanitize": "memory"}),
-        (TINY, mx.bfloat16, BUSH, {}),
+        (DEMO, mx.bfloat16, BUSH, {}),
         (TINY, mx.bfloat16, [-1], {}),
         (SMALL, mx.float16, BUSH, {}),
     ],
@@ -232,7 +233,9 @@ def test_what_is_not_taken():
             replay([y], [y], [Tape((y, y), None)], [0])
         for shape, words in [
             ({"key_dim": 257}, "states of 32 x 257"),
-            ({"value_dim": 132}, "states of 132 x 16.* a multiple of 32"),
+            ({"value_dim": 36}, "states of 36 x 16.* a multiple of 8,"),
+            ({"value_dim": 72}, "states of 72 x 16.* a multiple of 16,"),
+            ({"value_dim": 144}, "states of 144 x 16, expected up to 128"),
             ({"key_dim": 160, "value_dim": 128}, "states of 128 x 160"),
             ({"taps": 9}, "9 taps, expected 2 to 8"),
             ({"key_heads": 3}, "4 value heads, expected a multiple of 3 key heads"),
