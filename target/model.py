@@ -223,9 +223,11 @@ class Target:
         # of the committed state it is only once what it was begun behind is committed
         if ahead is not None and ahead.this.state is not self.state:
             ahead = None
+        grown = tree if isinstance(tree, GrownTree) else None
+        if ahead is not None and ahead.grown is not grown:
+            ahead = None  # a tree of the host is none that a GPU grew, whatever its tokens
         if isinstance(tree, GrownTree):
-            if ahead is None or ahead.grown is not tree:
-                ahead = self._begin_grown(tree, self.state)
+            ahead = ahead or self._begin_grown(tree, self.state)
         elif ahead is None or not np.array_equal(ahead.host_tokens(), tree.tokens):
             this = TreePass(self.state, self.rope, TreeLayout.of(tree.parents))
             ahead = self._begin(tree.tokens, this)
