@@ -45,10 +45,10 @@ struct TileStep {
   };
 };
 
-// the weights of pair p, of codes OFFSET + code; twice: OFFSET, 128 in bfloat, in both halves
+// the weights of pair p, of codes OFFSET + code; offset_pair: OFFSET, 128 in bfloat, in both halves
 template <int BITS, typename P>
-HELPER uint weight_pair(P words, int p, uint twice) {
-  return BITS == 0 ? words[p] : ((words[p / 4] >> (4 * (p % 4))) & 0x000f000fu) | twice;
+HELPER uint weight_pair(P words, int p, uint offset_pair) {
+  return BITS == 0 ? words[p] : ((words[p / 4] >> (4 * (p % 4))) & 0x000f000fu) | offset_pair;
 }
 
 // the values of x that pair p is multiplied with, of x as it lies in memory
@@ -108,7 +108,7 @@ HELPER void tile_dots(D data, S scales, S biases, F features, X x, R rows, int i
   const int quarter = tile_quarter(lane);
   const uint ones = both_halves<T>(1.0f);
   // unknown to the compiler, which makes one instruction of `and` and `or` with one constant only
-  const uint twice = 0x43004300u | (uint(features[0]) >> 31);
+  const uint offset_pair = 0x43004300u | (uint(features[0]) >> 31);
 #pragma unroll
   for (int i = 0; i < TILES * ROW_TILES * 4; ++i) {
     sums[i] = 0.0f;
@@ -188,7 +188,7 @@ HELPER void tile_dots(D data, S scales, S biases, F features, X x, R rows, int i
             for (int t = 0; t < TILES; ++t) {
               auto upper = words + (s * 2 * TILES + 2 * t) * Step::words;
               auto lower = upper + Step::words;
-              tile_multiply<T>(parts + (t * ROW_TILES + r) * 4, weight_pair<BITS>(upper, p, twice), weight_pair<BITS>(lower, p, twice), weight_pair<BITS>(upper, p + 1, twice), weight_pair<BITS>(lower, p + 1, twice), one, other);
+              tile_multiply<T>(parts + (t * ROW_TILES + r) * 4, weight_pair<BITS>(upper, p, offset_pair), weight_pair<BITS>(lower, p, offset_pair), weight_pair<BITS>(upper, p + 1, offset_pair), weight_pair<BITS>(lower, p + 1, offset_pair), one, other);
             }
           }
         }
