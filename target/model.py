@@ -6,15 +6,14 @@ between the two leaves the session as it was.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import pairwise
-from typing import Any, NoReturn, Self
+from typing import Self
 
 import mlx.core as mx
 import numpy as np
 
 from specdec.checkpoint import Checkpoint
-from specdec.errors import NonFiniteError
 from specdec.kernels.array import (
     Array,
     Backend,
@@ -26,26 +25,18 @@ from specdec.kernels.gpu.grown import grown
 from specdec.kernels.gpu.in_place import in_place
 from specdec.kernels.gpu.limits import MAX_ROWS, refused
 from specdec.kernels.layout import TreeLayout
-from specdec.kernels.linear import embed, linear
-from specdec.kernels.norm import Norm
 from specdec.kernels.rope import LONGEST_RUN, Rope
-from specdec.kernels.top_tokens import verdict
 from specdec.kernels.walked import came_before
-from specdec.kernels.weight import Weight
-from specdec.target.attention import Attention
 from specdec.target.commit_graph import CommitGraph
-from specdec.target.config import FULL, TargetConfig
+from specdec.target.config import TargetConfig
 from specdec.target.expert_cache import ExpertCache
-from specdec.target.gated_delta import GatedDelta
 from specdec.target.grown_tree import GrownTree
 from specdec.target.layer_clock import LayerClock
-from specdec.target.manifest import Manifest
-from specdec.target.mlp import MLP, MoE
+from specdec.target.layers import Layers
 from specdec.target.passes import Pass, PromptPass, TreePass
 from specdec.target.pending import Output, Pending, Verdict
 from specdec.target.prefetch import Prefetcher
 from specdec.target.state import State
-from specdec.target.tensors import Tensors
 from specdec.target.tolerance import Tolerance
 from specdec.target.verify_graph import Refused, VerifyGraph
 from specdec.tree.draft_tree import DraftTree
@@ -53,42 +44,22 @@ from specdec.tree.draft_tree import DraftTree
 Observer = Callable[[np.ndarray, Pass, slice | list[int]], None]
 
 
-@dataclass(frozen=True, eq=False)
-class Layer:
-    """Two halves, each with its norm, each adding to the residual."""
-
-    mixer: Attention | GatedDelta
-    mlp: MLP | MoE
-
-
 class Target:
     """A loaded target and its session state."""
 
-    def __init__(
-        self,
-        config: TargetConfig,
-        layers: list[Layer],
-        embedding: Weight,
-        norm: Norm,
-        head: Weight,
-        experts: ExpertCache,
-        backend: Backend,
-        taps: Sequence[int],
-    ) -> None:
-        assert all(0 <= tap < config.num_layers for tap in taps)
-        self.config, self.layers, self.backend = config, layers, backend
-        self.embedding, self.norm, self.head = embedding, norm, head
-        self.experts, self.taps = experts, tuple(taps)
-        self.rope = Rope(config.rope)
-        self._graph = VerifyGraph(self._part, config)
+    def __init__(self, layers: Layers, experts: ExpertCache) -> None:
+        self._layers, self.experts = layers, experts
+        self.config, self.backend, self.taps = layers.config, layers.backend, layers.taps
+        self.layers, self.embedding = layers.all, layers.embedding
+        self.norm, self.head = layers.norm, layers.head
+        self.rope = Rope(self.config.rope)
+        self._graph = VerifyGraph(layers.part, self.config)
         self._commits = CommitGraph()
         # Told of each pass before it is committed: its tokens, the pass, the rows that will be.
         self.observers: list[Observer] = []
         self.tolerance: Tolerance | None = None
-        self.clock: LayerClock | None = None  # set to time the halves of every layer
-        self.prefetcher = Prefetcher(experts, config.vocab_size)
-        unpinned = [layer.mlp for layer in layers if isinstance(layer.mlp, MoE)]
-        unpinned = [mlp for mlp in unpinned if not experts.is_pinned(mlp.layer)]
+        self.prefetcher = Prefetcher(experts, self.config.vocab_size)
+        unpinned = [mlp for mlp in layers.moe if not experts.is_pinned(mlp.layer)]
         for mlp, following in pairwise(unpinned):
             mlp.look_ahead(self.prefetcher, following)
         self.reset()
@@ -103,41 +74,22 @@ class Target:
         taps: Sequence[int] = (),
     ) -> Self:
         """Read all weights but the experts; CheckpointError as the manifest says."""
-        manifest = Manifest.of(checkpoint, config)
-        root = Tensors(checkpoint, manifest, config.prefix, backend)
-        layers: list[Layer] = []
-        for i, kind in enumerate(config.layer_types):
-            tensors = root.under(f"layers.{i}")
-            mixer: Attention | GatedDelta
-            mlp: MLP | MoE
-            norms = [
-                Norm(tensors.array(f"{name}_layernorm.weight"), config.rms_norm_eps)
-                for name in ("input", "post_attention")
-            ]
-            if kind == FULL:
-                at = config.full_layers.index(i)
-                mixer = Attention(tensors.under("self_attn"), norms[0], config, at)
-            else:
-                at = config.linear_layers.index(i)
-                mixer = GatedDelta(tensors.under("linear_attn"), norms[0], config, at)
-            if i in config.dense_layers:
-                mlp = MLP(tensors.under("mlp"), norms[1])
-            else:
-                mlp = MoE(tensors.under("mlp"), norms[1], config, i, experts)
-            layers.append(Layer(mixer, mlp))
-        embedding = root.weight("embed_tokens")
-        head = embedding
-        if not config.tie_word_embeddings:
-            head = Tensors(checkpoint, manifest, config.head_prefix, backend).weight("lm_head")
-        norm = Norm(root.array("norm.weight"), config.rms_norm_eps)
-        return cls(config, layers, embedding, norm, head, experts, backend, taps)
+        return cls(Layers.load(checkpoint, config, experts, backend, taps), experts)
+
+    @property
+    def clock(self) -> LayerClock | None:
+        """Set to time the halves of every layer."""
+        return self._layers.clock
+
+    @clock.setter
+    def clock(self, clock: LayerClock | None) -> None:
+        self._layers.clock = clock
 
     def tolerate(self, tolerance: Tolerance) -> None:
         """Route by what is in memory from now on, within a margin: no longer exact."""
         self.tolerance = tolerance
-        for layer in self.layers:
-            if isinstance(layer.mlp, MoE):
-                layer.mlp.tolerance = tolerance
+        for mlp in self._layers.moe:
+            mlp.tolerance = tolerance
 
     def reset(self) -> None:
         """Forget all tokens."""
@@ -161,12 +113,12 @@ class Target:
         self._pending = self._ahead = self._after = None  # they were begun behind fewer tokens
         rows = np.array(tokens, np.int32)
         this = PromptPass(self.state, self.rope, len(rows))
-        hidden, tapped = self._forward(rows, this)
-        logits = self._logits(hidden if all_logits else hidden[-1:])
+        hidden, tapped = self._layers.forward(rows, this)
+        logits = self._layers.logits(hidden if all_logits else hidden[-1:])
         evaluate(logits, *tapped)
         # The logits are the last row's alone; the taps, and later the keys, are every row's.
         if not (finite_rows(hidden).all() and finite_rows(logits).all()):
-            self._refuse(rows, this)
+            self._layers.refuse(rows, this)
         self._count(rows, this, slice(None))
         this.commit()
         return Output(logits, tapped)
@@ -254,7 +206,7 @@ class Target:
         return self.backend.on_gpu and self.experts.all_pinned and not watched
 
     def _begin(self, tokens: Array, this: TreePass) -> Pending:
-        run = self._graph if self.compiled else self._verify
+        run = self._graph if self.compiled else self._layers.verify
         logits, tapped, found = run(tokens, this)
         # Slots must not be filled anew while a graph that reads them waits.
         begin = start if self.experts.all_pinned else evaluate
@@ -277,7 +229,7 @@ class Target:
         tokens = pending.host_tokens()
         if not pending.host_finite()[list(path)].all():
             rows = tokens[list(path)]
-            self._refuse(rows, TreePass(self.state, self.rope, TreeLayout.chain(len(rows))))
+            self._layers.refuse(rows, TreePass(self.state, self.rope, TreeLayout.chain(len(rows))))
         self._count(tokens, pending.this, list(path))
         # last: after it nothing can fail, and before it nothing is done
         if after is not None:
@@ -289,72 +241,6 @@ class Target:
         if ahead is not None:
             ahead.this.state = self.state  # what it was begun behind is committed
             self._ahead = ahead
-
-    def _verify(self, tokens: Array, this: TreePass) -> tuple[Any, ...]:
-        """Logits, taps, and which rows of the logits are finite, on a GPU as a verdict."""
-        return self._part(range(len(self.layers)), tokens, {}, this)
-
-    def _part(
-        self, span: range, x: Array, tapped: dict[int, Array], this: TreePass
-    ) -> tuple[Any, ...]:
-        """Some layers of a verify pass. x: tokens for the first, then what the part before gave:
-        hidden rows and what was tapped so far; the last part gives what `_verify` does."""
-        if span.start == 0:
-            x = embed(x, self.embedding)
-        x, tapped = self._through(span, x, tapped, this)
-        if span.stop < len(self.layers):
-            return x, tapped
-        logits = self._logits(x)
-        found = (verdict if self.backend.on_gpu else finite_rows)(logits)
-        return logits, self._taps(x, tapped), found
-
-    def _forward(self, tokens: Array, this: Pass, probe: bool = False) -> tuple:
-        """Hidden rows after the last layer and after each tapped one, [rows, hidden] each.
-
-        With `probe`, every layer's output is checked, and NonFiniteError names the first bad one.
-        """
-        x = embed(tokens, self.embedding)
-        if probe and not finite_rows(x).all():
-            raise NonFiniteError("NaN or Inf in the token embeddings")
-        x, tapped = self._through(range(len(self.layers)), x, {}, this, probe)
-        return x, self._taps(x, tapped)
-
-    def _through(
-        self, span: range, x: Array, tapped: dict[int, Array], this: Pass, probe: bool = False
-    ) -> tuple[Array, dict[int, Array]]:
-        """Hidden rows after the layers of `span`, and `tapped` with what they add."""
-        tapped = dict(tapped)
-        for i in span:
-            layer = self.layers[i]
-            if self.clock is not None:
-                self.clock.start(x)
-            x = layer.mixer(x, this)
-            if self.clock is not None:
-                self.clock.mixed(i, x)
-            if probe and not finite_rows(x).all():
-                raise NonFiniteError(
-                    f"NaN or Inf first appears in layer {i} ({self.config.layer_types[i]})"
-                )
-            x = layer.mlp(x, this)
-            if self.clock is not None:
-                self.clock.fed(i, x)
-            if probe and not finite_rows(x).all():
-                raise NonFiniteError(f"NaN or Inf first appears in layer {i} (feed-forward)")
-            if i in self.taps:
-                tapped[i] = x
-        return x, tapped
-
-    def _taps(self, x: Array, tapped: dict[int, Array]) -> list[Array]:
-        return [tapped[i] for i in self.taps] or [x[:, :0]]
-
-    def _logits(self, hidden: Array) -> Array:
-        """[rows, hidden] -> [rows, vocab]."""
-        return linear(hidden, self.head, self.norm)
-
-    def _refuse(self, tokens: np.ndarray, this: Pass) -> NoReturn:
-        """Say where NaN or Inf began, by running a pass again; nothing of it is committed."""
-        self._forward(tokens, this.again(), probe=True)
-        raise NonFiniteError("NaN or Inf first appears in the logits (final norm or head)")
 
     def _count(self, tokens: np.ndarray, this: Pass, rows: slice | list[int]) -> None:
         """Experts that committed rows used become recent in their slots; in pinned layers, which

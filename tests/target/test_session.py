@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from specdec import checkpoint as checkpoint_module
 from specdec.errors import ExpertReadError, NonFiniteError
 from specdec.kernels.array import to_numpy
-from specdec.target import model as model_module
+from specdec.target import layers as layers_module
 from tests.backends import CPU, REFERENCE, each_backend, each_exact_backend, needs_numba, same_bits
 from tests.checkpoints import FAMILIES, write_checkpoint
 from tests.targets import (
@@ -119,7 +119,7 @@ def test_only_the_last_verified_tree_can_be_committed(backend, way, sessions, mo
 
         tree = tree_of([4, 5], [-1, 0])
         with monkeypatch.context() as patch:
-            patch.setattr(model_module, "embed", broken)
+            patch.setattr(layers_module, "embed", broken)
             with pytest.raises(ExpertReadError):
                 target.verify(tree)
     elif way == "reset":
