@@ -6,7 +6,7 @@ from functools import cached_property
 import numpy as np
 
 from specdec.errors import NonFiniteError
-from specdec.kernels.gpu.grown import Grown
+from specdec.kernels.gpu.grown import NO_CHANCE, Grown
 from specdec.tree.draft_tree import DraftTree
 
 
@@ -35,4 +35,6 @@ class GrownTree:
         if not numbers[-1]:
             raise NonFiniteError("NaN or Inf in the draft's logits")
         tokens, parents, weights = numbers[:-1].reshape(3, self.rows)
-        return DraftTree(tokens, parents, weights.view(np.float32).astype(np.float64))
+        weights = weights.view(np.float32).astype(np.float64)
+        weights[weights < NO_CHANCE] = -np.inf
+        return DraftTree(tokens, parents, weights)

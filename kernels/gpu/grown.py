@@ -9,6 +9,8 @@ import mlx.core as mx
 from specdec.kernels.gpu.kernel import Launch, MetalKernel
 from specdec.kernels.gpu.limits import MAX_ROWS, Unsupported
 
+NO_CHANCE = -1e29  # weights below it are finite in grown.metal alone
+
 GROWN = MetalKernel(
     "grown",
     inputs=("found", "came", "cos", "sin"),

@@ -2,6 +2,7 @@
 ahead and its commit; and the order of what is written in place, which the shim keeps by itself."""
 
 import json
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -81,7 +82,7 @@ def test_buffers_that_grow_amid_what_was_begun_ahead(tmp_path, orders, monkeypat
     folder = write_checkpoint(tmp_path / "target", FAMILIES[0])
     raw = json.loads((folder / "config.json").read_text())
     kinds = ["sliding_attention", "full_attention"]
-    options = {"block_size": 3, "sliding_window": 6, "layer_types": kinds}
+    options: dict[str, Any] = {"block_size": 3, "sliding_window": 6, "layer_types": kinds}
     drafts = write_draft(tmp_path / "draft", raw, head_dim=32, **options)
     with Checkpoint.open(drafts) as checkpoint:
         config = DraftConfig.from_dict(checkpoint.config)

@@ -4,8 +4,10 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from specdec.kernels.gpu.grown import grown
 from specdec.kernels.gpu.in_place import write_in_place
-from specdec.kernels.walked import CAME
+from specdec.kernels.walked import CAME, came_before
+from specdec.target.grown_tree import GrownTree
 from specdec.target.model import Target
 from specdec.tree.draft_tree import DraftTree
 from specdec.tree.walk import walk
@@ -47,9 +49,10 @@ def walked(target: Target, tree: DraftTree, best: np.ndarray) -> tuple[list[int]
 
 def begin_ahead(target: Target, found: mx.array) -> int:
     """A round of which the next one is begun, with the tree of `found`; the bonus token."""
-    grown = target.grow(drafted([[5, 9, 3], [6, 5, 2]]), 3, BONUS)
-    output = target.verify(grown)
-    path, came = walked(target, grown.host, output.verdict.best)
+    tree = target.grow(drafted([[5, 9, 3], [6, 5, 2]]), 3, BONUS)
+    output = target.verify(tree)
+    assert output.verdict is not None
+    path, came = walked(target, tree.host, output.verdict.best)
     assert target.look_past(found, 2, came) is not None
     target.commit(path)
     return int(came[33])
@@ -84,3 +87,13 @@ def test_what_was_begun_behind_a_draft_that_is_not_finite_is_dropped(tmp_path, o
         bonus = begin_ahead(target, drafted([[5, 9], [9, 4]], np.nan))
         target.verify(DraftTree.root(bonus))
         target.commit([0])
+
+
+def test_a_path_without_any_chance_weighs_what_it_does_on_the_host(on_shim):
+    answer = np.array(drafted([[5, 9], [9, 4]]))
+    answer[0, 3] = answer[1, 2] = np.float32(-np.inf).view(np.int32)
+    turn = mx.zeros((8, 4)), mx.zeros((8, 4))
+    tree = GrownTree(grown(mx.array(answer), mx.array(came_before(BONUS, 3)), turn, 3, 0))
+    weights = tree.host.log_weights
+    assert np.isfinite(weights[:2]).all()
+    assert weights[2] == -np.inf
