@@ -107,6 +107,13 @@ def test_rounds_of_all_budgets_are_plain_decoding(engine, sampling, monkeypatch)
         return grow(self, found, nodes, bonus)
 
     monkeypatch.setattr(Target, "grow", grows)
+    begun, begin = [], Target._begin_grown
+
+    def begins(self, tree, state, ahead=False):
+        begun.append(ahead)
+        return begin(self, tree, state, ahead)
+
+    monkeypatch.setattr(Target, "_begin_grown", begins)
     for budget in (3, 3, 1, 1, 5, 2):
         done = engine.step(Fixed(budget))
         accepted.append(done.accepted)
@@ -118,6 +125,8 @@ def test_rounds_of_all_budgets_are_plain_decoding(engine, sampling, monkeypatch)
     assert ahead == 4 * ["look_past" if sampling.greedy else "look_ahead"]
     # the second round's tree was grown ahead
     assert grown == ([3, 5, 2] if sampling.greedy else [])
+    # and verified: that pass was taken, not begun anew
+    assert begun == ([False, True, True, False, True, False, True] if sampling.greedy else [])
 
 
 def test_with_and_without_looking_ahead_everything_is_the_same(engine, monkeypatch):
