@@ -4,6 +4,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from specdec.kernels.executor import gpu_kernels
 from specdec.kernels.gpu.grown import grown
 from specdec.kernels.gpu.in_place import write_in_place
 from specdec.kernels.walked import CAME, came_before
@@ -12,8 +13,9 @@ from specdec.target.model import Target
 from specdec.tree.draft_tree import DraftTree
 from specdec.tree.walk import walk
 from tests.checkpoints import FAMILIES, write_checkpoint
-from tests.graphs import graphs_on_shim
+from tests.graphs import Told, graphs_as_words, graphs_on_shim
 from tests.metal.build import compiler
+from tests.metal.run import through_shim
 from tests.target.test_gpu import GPU, PROMPT
 from tests.targets import logits_of, opened, prefill, state_bytes, tree_of
 
@@ -97,3 +99,40 @@ def test_a_path_without_any_chance_weighs_what_it_does_on_the_host(on_shim):
     weights = tree.host.log_weights
     assert np.isfinite(weights[:2]).all()
     assert weights[2] == -np.inf
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_graphs_in_place_hold_nothing_of_what_they_were_traced_for(family, tmp_path, monkeypatch):
+    """Passes over trees of the host and of the GPU are one graph, and so are commits ahead."""
+    told = graphs_as_words(monkeypatch)
+    to_words = mx.compile
+    passes, commits = [], []
+    with opened(write_checkpoint(tmp_path, family), GPU) as target, write_in_place():
+        for length, other in ((40, 5), (57, 6)):
+            target.reset()
+            with gpu_kernels(False):
+                prefill(target, [*PROMPT, *PROMPT][:length])
+            with gpu_kernels(), through_shim():
+                found = drafted([[other, 9, 3], [6, 5, 2]], apart=3.0 * (other - 5))
+                grown = target.grow(found, 3, BONUS + other)
+                mx.eval(grown.made)
+            for tree in (grown, tree_of([1, 2, 3, other], [-1, 0, 1, 0])):
+                monkeypatch.setattr(mx, "compile", to_words)
+                target._graph.clear()
+                with gpu_kernels(), pytest.raises(Told):
+                    target.verify(tree)
+                passes.append(told.pop())
+            monkeypatch.setattr(mx, "compile", lambda traced: traced)
+            target._graph.clear()
+            with gpu_kernels(), through_shim():
+                output = target.verify(grown)
+                _, came = walked(target, grown.host, output.verdict.best)
+            monkeypatch.setattr(mx, "compile", to_words)
+            target._commits.clear()
+            with gpu_kernels(), pytest.raises(Told):
+                target.look_past(found, 3, came)
+            commits.append(told.pop())
+    assert "kept_rows" in commits[0]
+    assert "attention_inputs" in passes[0]
+    assert passes == passes[:1] * 4
+    assert commits == commits[:1] * 2
