@@ -143,8 +143,10 @@ class Target:
 
     def look_past(self, found: Array, nodes: int, came: Array) -> GrownTree | None:
         """Begin to commit the pending tree's path that the GPU found, and to verify the tree that
-        it grows after it, before the host knows either. If verify is then asked for another tree,
-        nothing is lost. None where kernels do not write in place: MLX would copy keys and values.
+        it grows after it, before the host knows either. From then on that path can be committed
+        and no other: the rows of others may be overwritten. If verify is then asked for another
+        tree, nothing is lost. None where kernels do not write in place: MLX would copy keys and
+        values.
 
         came: as kernels.walked; found, nodes: as for `grow`.
         """
@@ -162,6 +164,7 @@ class Target:
         return tree
 
     def _begin_grown(self, tree: GrownTree, state: State, ahead: bool = False) -> Pending:
+        assert self.compiled  # others look at the tree, and another stands for it
         some = TreeLayout.of(np.arange(-1, tree.rows - 1))
         this = TreePass(state, self.rope, some, tree, ahead)
         return replace(self._begin(tree.made.tokens, this), grown=tree)
