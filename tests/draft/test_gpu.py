@@ -235,7 +235,8 @@ def test_non_finite_numbers_name_the_layer(on_shim):
         draft.propose(1, 2)
 
 
-def test_a_graph_holds_nothing_of_the_pass_it_was_traced_for(monkeypatch):
+@pytest.mark.parametrize("in_place", [True, False], ids=["in place", "through MLX"])
+def test_a_graph_holds_nothing_of_the_pass_it_was_traced_for(in_place, monkeypatch):
     told = graphs_as_words(monkeypatch)
     draft, _ = draft_of("sliding")
     taps = random_taps(90)
@@ -243,11 +244,12 @@ def test_a_graph_holds_nothing_of_the_pass_it_was_traced_for(monkeypatch):
         draft.extend(taps[:20])
     for count, bonus in ((1, 3), (5, 9)):
         draft.extend(Taps([taps[20 : 20 + BLOCK]], range(count)))
-        with gpu_kernels(), pytest.raises(Told):
+        with gpu_kernels(), write_in_place(in_place), pytest.raises(Told):
             draft.propose(bonus, 4)
         assert draft._graph is not None
         draft._graph._graphs.clear()
         with gpu_kernels(False):
             draft.extend(taps[50 + count :])
     assert "CustomKernel" in told[0]
+    assert ("SliceUpdate" in told[0]) == (not in_place)
     assert told[0] == told[1]
