@@ -18,6 +18,7 @@ from specdec.kernels.gpu.in_place import write_in_place
 from specdec.kernels.gpu.limits import MAX_ROWS, refused
 from specdec.kernels.walked import LENGTH
 from specdec.sampling import GREEDY, Sampling
+from specdec.target.commit_graph import CommitGraph
 from specdec.target.model import Target
 from specdec.target.verify_graph import VerifyGraph
 from tests.checkpoints import FAMILIES, write_checkpoint
@@ -203,3 +204,35 @@ def test_a_grown_tree_is_verified_without_its_graph_where_a_kernel_refuses(engin
     refused.clear()
     assert (done.tokens, done.path) == (expected.tokens, expected.path)
     np.testing.assert_array_equal(done.tree.parents, expected.tree.parents)
+
+
+def test_a_round_that_fails_anywhere_is_run_again(engine, monkeypatch):
+    """After each step of it that looks ahead; and so where the round run again is plain."""
+    answer = answer_of(engine)
+    knowing(answer, monkeypatch)
+    found = [engine.prefill(PROMPT).token]
+    found += engine.step(Fixed(4)).tokens
+    steps = [
+        (Draft, "answer", 4),
+        (Draft, "look_past", 4),
+        (CommitGraph, "ahead", 1),
+        (Target, "look_past", 4),
+        (Target, "look_past", 1),
+        (Engine, "_known", 3),
+    ]
+    for owner, name, budget in steps:
+        with monkeypatch.context() as patch:
+            step = getattr(owner, name)
+
+            def fails(*given, step=step):
+                step(*given)
+                raise NonFiniteError("a test")
+
+            patch.setattr(owner, name, fails)
+            with pytest.raises(NonFiniteError, match="a test"):
+                engine.step(Fixed(4))
+        found += engine.step(Fixed(budget)).tokens
+        if budget == 4:
+            assert engine.target._ahead is not None
+    assert found == answer[: len(found)]
+    assert len(found) > 12
