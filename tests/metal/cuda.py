@@ -1,7 +1,9 @@
 """Cuda: a kernel's text as MLX would give it to NVIDIA's compiler.
 
 MLX shows this text only where it has a CUDA device, so its wrapping is repeated here. MLX's own
-utils.cuh, of which the kernels use nothing, is replaced by the headers of the toolkit it includes.
+utils.cuh and the headers of the toolkit that it includes, of which the kernels use the array of a
+shape, take longer to read than a kernel to compile: a few lines stand for them. HEADERS are those
+of the toolkit.
 """
 
 from collections.abc import Sequence
@@ -25,17 +27,24 @@ TYPES = {
     mx.float32: "float",
 }
 
-PRELUDE = """#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-#include <cuda/std/array>
+HEADERS = """#include <cuda/std/array>
 #include <cuda/std/limits>
 #include <cooperative_groups.h>
-#define inf cuda::std::numeric_limits<float>::infinity()
+"""
+PRELUDE = """#include <cstdint>
+#include <cstring>
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#define inf __int_as_float(0x7f800000)
 """
 OPENING = """namespace mlx::core::cu {
-using Shape = cuda::std::array<int32_t, 10>;
-using Strides = cuda::std::array<int64_t, 10>;
-namespace cg = cooperative_groups;
+template <typename T>
+struct Ten {
+  T values[10];
+  __device__ T operator[](unsigned i) const { return values[i]; }
+};
+using Shape = Ten<int32_t>;
+using Strides = Ten<int64_t>;
 """
 
 

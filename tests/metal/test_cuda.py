@@ -6,13 +6,13 @@ import subprocess
 import mlx.core as mx
 import pytest
 
-from tests.metal.cuda import cuda_source
+from tests.metal.cuda import HEADERS, cuda_source
 from tests.metal.samples import RMS_NORM, ROW_SUM, WORDS
 
 NVCC = shutil.which("nvcc")
 
 SOURCES = {
-    "words": lambda: cuda_source(WORDS, [mx.uint32], [mx.float32]),
+    "words": lambda: HEADERS + cuda_source(WORDS, [mx.uint32], [mx.float32]),
     "row sum, bfloat16": lambda: cuda_source(
         ROW_SUM, [mx.bfloat16, mx.int32], [mx.bfloat16], {"T": mx.bfloat16, "THREADS": 256}
     ),
