@@ -213,6 +213,8 @@ def verify_scratch(config: TargetConfig, draft: DraftConfig | None, sizes: Sizes
         widths = 3 * draft.intermediate_size + 8 * draft.hidden_size + config.vocab_size
         scores = draft.num_heads * (sizes.context + block)
         drafting = 3 * block * (widths + scores) * FLOAT
+    if not sizes.row_by_row:  # on a GPU the next round is begun beside one that is not committed
+        tape, tree = 2 * tape, tree + commit
     return max(tape + max(tree, commit, choosing), drafting)
 
 

@@ -107,6 +107,8 @@ class VerifyGraph(Graphs):
             "recurrent": {at: state.recurrent[at] for at in linear},
         }
         found, buffers, done, results = self.of(kind, trace)(given)
+        if refused:  # while it was traced: nothing of it is to stay
+            return list(found)
         for at, (keys, values) in buffers.items():
             state.keys[at], state.values[at] = keys, values
         for last in done:
