@@ -1,11 +1,13 @@
 """Run: a kernel's MSL on the CPU, over NumPy or MLX arrays."""
 
 import ctypes
+import functools
 import os
 import re
 import subprocess
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from importlib.resources import files
 from typing import Any, Literal, TypeAlias
 
 import mlx.core as mx
@@ -61,8 +63,9 @@ def run_msl(
     if isinstance(kernel, str):
         text = kernel
     else:
-        text = source_for(kernel, arrays, output_shapes, output_dtypes, grid, threadgroup, template)
-    msl = Msl.parse(text)
+        launch = (output_shapes, output_dtypes, grid, threadgroup, template)
+        text = _source(kernel, arrays, *launch)
+    msl = _parsed(text)
     outputs = [
         _initial(s, d, init_value) for s, d in zip(output_shapes, output_dtypes, strict=True)
     ]
@@ -70,7 +73,7 @@ def run_msl(
     for data in _buffers(msl, arrays, outputs):
         message += [len(data).to_bytes(8, "little"), data]
     writes = _written(kernel, inputs) if isinstance(kernel, MetalKernel) else {}
-    command = [str(built(msl.program(writes), sanitize)), order]
+    command = [str(built(_program(msl, tuple(writes)), sanitize)), order]
     done = _executed(command, b"".join(message))
     if b"unexpected memory mapping" in done.stderr:
         # the race detector does not bear every randomization of addresses
@@ -89,6 +92,40 @@ def run_msl(
         results.append(_widened(raw) if dtype == mx.bfloat16 else raw.copy())
     assert at == len(done.stdout)
     return results
+
+
+_texts: dict[tuple[object, ...], str] = {}
+_parsed = functools.cache(Msl.parse)
+
+
+@functools.cache
+def _program(msl: Msl, written: tuple[str, ...]) -> str:
+    return msl.program(written)
+
+
+def _source(
+    kernel: MetalKernel | Callable[..., Any],
+    arrays: list[mx.array],
+    output_shapes: Sequence[tuple[int, ...]],
+    output_dtypes: Sequence[mx.Dtype],
+    grid: Threads,
+    threadgroup: Threads,
+    template: Template | None,
+) -> str:
+    """As source_for, asked once for all launches that are alike: of the product's own kernels, for
+    tests write others anew."""
+    launch = (output_shapes, output_dtypes, grid, threadgroup, template)
+    if not isinstance(kernel, MetalKernel) or kernel.folder != files("specdec.kernels.gpu"):
+        return source_for(kernel, arrays, *launch)
+    key = (
+        kernel,
+        *((array.shape, array.dtype) for array in arrays),
+        *(*map(tuple, output_shapes), *output_dtypes, tuple(grid), tuple(threadgroup)),
+        *((name, type(value), value) for name, value in (template or {}).items()),
+    )
+    if key not in _texts:
+        _texts[key] = source_for(kernel, arrays, *launch)
+    return _texts[key]
 
 
 @contextmanager
