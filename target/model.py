@@ -25,8 +25,10 @@ from specdec.kernels.gpu.grown import grown
 from specdec.kernels.gpu.in_place import in_place
 from specdec.kernels.gpu.limits import MAX_ROWS, refused
 from specdec.kernels.layout import TreeLayout
+from specdec.kernels.norm import Norm
 from specdec.kernels.rope import LONGEST_RUN, Rope
 from specdec.kernels.walked import came_before
+from specdec.kernels.weight import Weight
 from specdec.target.commit_graph import CommitGraph
 from specdec.target.config import TargetConfig
 from specdec.target.expert_cache import ExpertCache
@@ -48,10 +50,9 @@ class Target:
     """A loaded target and its session state."""
 
     def __init__(self, layers: Layers, experts: ExpertCache) -> None:
-        self._layers, self.experts = layers, experts
-        self.config, self.backend, self.taps = layers.config, layers.backend, layers.taps
-        self.layers, self.embedding = layers.all, layers.embedding
-        self.norm, self.head = layers.norm, layers.head
+        self.model, self.experts = layers, experts
+        self.config, self.backend = layers.config, layers.backend
+        self.layers = layers.all
         self.rope = Rope(self.config.rope)
         self._graph = VerifyGraph(layers.part, self.config)
         self._commits = CommitGraph()
@@ -77,18 +78,42 @@ class Target:
         return cls(Layers.load(checkpoint, config, experts, backend, taps), experts)
 
     @property
+    def embedding(self) -> Weight:
+        """[vocab, hidden]"""
+        return self.model.embedding
+
+    @property
+    def norm(self) -> Norm:
+        """Before the head."""
+        return self.model.norm
+
+    @property
+    def head(self) -> Weight:
+        """[vocab, hidden]"""
+        return self.model.head
+
+    @property
+    def taps(self) -> tuple[int, ...]:
+        """The layers whose output is kept."""
+        return self.model.taps
+
+    @taps.setter
+    def taps(self, taps: tuple[int, ...]) -> None:
+        self.model.taps = taps
+
+    @property
     def clock(self) -> LayerClock | None:
         """Set to time the halves of every layer."""
-        return self._layers.clock
+        return self.model.clock
 
     @clock.setter
     def clock(self, clock: LayerClock | None) -> None:
-        self._layers.clock = clock
+        self.model.clock = clock
 
     def tolerate(self, tolerance: Tolerance) -> None:
         """Route by what is in memory from now on, within a margin: no longer exact."""
         self.tolerance = tolerance
-        for mlp in self._layers.moe:
+        for mlp in self.model.moe:
             mlp.tolerance = tolerance
 
     def reset(self) -> None:
@@ -113,12 +138,12 @@ class Target:
         self._pending = self._ahead = self._after = None  # they were begun behind fewer tokens
         rows = np.array(tokens, np.int32)
         this = PromptPass(self.state, self.rope, len(rows))
-        hidden, tapped = self._layers.forward(rows, this)
-        logits = self._layers.logits(hidden if all_logits else hidden[-1:])
+        hidden, tapped = self.model.forward(rows, this)
+        logits = self.model.logits(hidden if all_logits else hidden[-1:])
         evaluate(logits, *tapped)
         # The logits are the last row's alone; the taps, and later the keys, are every row's.
         if not (finite_rows(hidden).all() and finite_rows(logits).all()):
-            self._layers.refuse(rows, this)
+            self.model.refuse(rows, this)
         self._count(rows, this, slice(None))
         this.commit()
         return Output(logits, tapped)
@@ -209,7 +234,7 @@ class Target:
         return self.backend.on_gpu and self.experts.all_pinned and not watched
 
     def _begin(self, tokens: Array, this: TreePass) -> Pending:
-        run = self._graph if self.compiled else self._layers.verify
+        run = self._graph if self.compiled else self.model.verify
         logits, tapped, found = run(tokens, this)
         # Slots must not be filled anew while a graph that reads them waits.
         begin = start if self.experts.all_pinned else evaluate
@@ -232,7 +257,7 @@ class Target:
         tokens = pending.host_tokens()
         if not pending.host_finite()[list(path)].all():
             rows = tokens[list(path)]
-            self._layers.refuse(rows, TreePass(self.state, self.rope, TreeLayout.chain(len(rows))))
+            self.model.refuse(rows, TreePass(self.state, self.rope, TreeLayout.chain(len(rows))))
         self._count(tokens, pending.this, list(path))
         # last: after it nothing can fail, and before it nothing is done
         if after is not None:

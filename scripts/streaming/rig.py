@@ -68,7 +68,8 @@ class Rig:
         taps = drafting[1].target_layer_ids if drafting else ()
         self.target = Target.load(checkpoint, config, self.cache, self.backend, taps)
         if like is not None:
-            self.target.embedding, self.target.head = like.target.embedding, like.target.head
+            mine, other = self.target.model, like.target.model
+            mine.embedding, mine.head = other.embedding, other.head
         self.cache.load_pinned()
         loaded = None
         if drafting is not None:

@@ -140,7 +140,7 @@ def test_graphs_are_passes_over_other_trees_of_their_kind(
     folder = write_checkpoint(tmp_path, family)
     found = []
     with opened(folder, GPU, taps=(0,)) as target:
-        graph, body = target._graph, target._layers.verify
+        graph, body = target._graph, target.model.verify
         for compiled in (True, False):
             if not compiled:
                 monkeypatch.setattr(target, "_graph", body)
