@@ -19,8 +19,8 @@ class Prefill:
 
 @dataclass(frozen=True)
 class PhaseSeconds:
-    """Wall time of one round's phases, in seconds. What is begun of the next round while this one is
-    not committed yet counts as drafting, its verify pass as verifying."""
+    """Wall time of one round's phases, in seconds. What is begun of the next round while this one
+    is not committed yet counts as drafting, its verify pass as verifying."""
 
     draft: float = 0.0
     build: float = 0.0
