@@ -46,7 +46,11 @@ class Begun:
     told: Taps | None
     asked: tuple[int, int, int | None]
     answer: Asked
-    walked: bool  # then the path and the bonus token are those of the walk, whichever they are
+
+    @property
+    def walked(self) -> bool:
+        """Then the path and the bonus token are those of the walk, whichever they are."""
+        return self.answer.came is not None
 
     def tells(self, taps: Taps) -> bool:
         """Whether it was begun with these rows."""
@@ -223,7 +227,7 @@ class Draft:
             config.slots if slots is None else min(slots, config.slots),
             walk,
         )
-        return Begun(told, (bonus, width, slots), found, walk is not None)
+        return Begun(told, (bonus, width, slots), found)
 
     def _know(self, count: int) -> None:
         """Rows that a graph told the caches of are committed."""

@@ -37,10 +37,9 @@ class CommitGraph(Graphs):
         # rows behind the path stay what they are
         places = [*path, *range(len(path), rows)]
         numbers = np.concatenate([padded(path), places, [state.length]]).astype(np.int32)
-        capacity = state.keys[0].shape[1] if state.keys else 0
         staged = [list(part) for part in zip(*this.staged, strict=True)] if moves else []
         moved = _replayed if not moves else _moved if staged else _moved_in_place
-        graph = self.of((rows, moves, capacity, bool(staged)), moved)
+        graph = self.of((rows, moves, state.capacity, bool(staged)), moved)
         found = graph(
             {
                 "numbers": mx.array(numbers),
@@ -69,8 +68,8 @@ class CommitGraph(Graphs):
         came: as kernels.walked. As long as nothing is committed the rows that are moved count for
         nothing. The length stays what it was: how long the path is, the host does not know.
         """
-        state, capacity = copy(this.state), this.state.keys[0].shape[1] if this.state.keys else 0
-        graph = self.of((this.tree.rows, None, capacity, False), _moved_in_place)
+        state = copy(this.state)
+        graph = self.of((this.tree.rows, None, state.capacity, False), _moved_in_place)
         state.conv, state.recurrent, _, _, done = graph(
             {
                 "numbers": came,

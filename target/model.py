@@ -6,7 +6,6 @@ between the two leaves the session as it was.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from itertools import pairwise
 from typing import Self
 
@@ -191,8 +190,7 @@ class Target:
     def _begin_grown(self, tree: GrownTree, state: State, ahead: bool = False) -> Pending:
         assert self.compiled  # others look at the tree, and another stands for it
         some = TreeLayout.of(np.arange(-1, tree.rows - 1))
-        this = TreePass(state, self.rope, some, tree, ahead)
-        return replace(self._begin(tree.made.tokens, this), grown=tree)
+        return self._begin(tree.made.tokens, TreePass(state, self.rope, some, tree, ahead))
 
     def verify(self, tree: DraftTree | GrownTree) -> Output:
         """Run all rows of a tree after the committed tokens; commits nothing.

@@ -154,7 +154,6 @@ class TreePass(Pass):
             on_device = self.layout.on_device
             self.layout = AttentionLayout(self.tree, self.state.length)
             self.layout.on_device.update(on_device)
-            self.grown = None
 
     def turn_of_root(self) -> tuple[Array, Array]:
         """cos and sin of the root's position, on the device."""

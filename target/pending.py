@@ -67,13 +67,17 @@ class Output:
 @dataclass(frozen=True, eq=False)
 class Pending:
     """tokens int32 [rows], maybe known to the device alone; finite bool [rows], of the logits,
-    where there is no verdict; grown: the tree, where a GPU grew it."""
+    where there is no verdict."""
 
     tokens: Array
     this: TreePass
     output: Output
     finite: Array | None
-    grown: GrownTree | None = None
+
+    @property
+    def grown(self) -> GrownTree | None:
+        """The tree, where a GPU grew it."""
+        return self.this.grown
 
     def host_tokens(self) -> np.ndarray:
         return to_numpy(self.tokens) if self.grown is None else self.grown.host.tokens

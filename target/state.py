@@ -46,6 +46,11 @@ class State:
             self.conv = [conv for _ in layers]
             self.recurrent = [backend.zeros(heads, mx.float32) for _ in layers]
 
+    @property
+    def capacity(self) -> int:
+        """Positions that keys and values have room for, 0 without full-attention layers."""
+        return self.keys[0].shape[1] if self.keys else 0
+
     def make_room(self, rows: int) -> None:
         """Grow the buffers so that `rows` more can be staged."""
         for buffers in (self.keys, self.values):

@@ -94,7 +94,7 @@ class VerifyGraph(Graphs):
         state, (span, full, linear) = this.state, part
         written = state.written
         trace = partial(self._trace, span, this.tree.parents, state.length)
-        kind = this.tree.rows, state.keys[0].shape[1] if state.keys else 0, span
+        kind = this.tree.rows, state.capacity, span
         given = {
             "rows": rows,
             "turn": made.turn,
