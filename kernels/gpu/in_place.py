@@ -6,30 +6,14 @@ kernel's inputs are plain pointers. On Metal they are declared as never written 
 has yet shown what becomes of a write: there rows go through MLX.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import mlx.core as mx
 
+from specdec.kernels.gpu.switch import Switch
 
-class _InPlace:
-    forced: bool | None = None
-
-
-_in_place = _InPlace()
+_in_place = Switch()
+write_in_place = _in_place.use  # kernels, or MLX
 
 
 def in_place() -> bool:
     """Whether they do."""
-    return mx.cuda.is_available() if _in_place.forced is None else _in_place.forced
-
-
-@contextmanager
-def write_in_place(on: bool = True) -> Iterator[None]:
-    """Have them do so, or not, for a while."""
-    before = _in_place.forced
-    _in_place.forced = on
-    try:
-        yield
-    finally:
-        _in_place.forced = before
+    return mx.cuda.is_available() if _in_place.on is None else _in_place.on

@@ -7,23 +7,19 @@ does where SPECDEC_MATRIX_UNITS=1 says so.
 """
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import mlx.core as mx
 
 from specdec.errors import SpecdecError
+from specdec.kernels.gpu.switch import Switch
 
 TILE_FEATURES = 16
 TILE_ROWS = 8
 BFLOAT16 = (8, 0)  # the least compute capability whose matrix units take it
 
 
-class _Tiles:
-    on: bool | None = None  # not decided
-
-
-_tiles = _Tiles()
+_tiles = Switch()
+use_tiles = _tiles.use  # matrix units, or none
 
 
 def tiles_on() -> bool:
@@ -48,17 +44,6 @@ def _capability() -> tuple[int, int]:
     """Of the NVIDIA GPU."""
     info = mx.device_info(mx.Device(mx.gpu, 0))
     return int(info["compute_capability_major"]), int(info["compute_capability_minor"])
-
-
-@contextmanager
-def use_tiles(on: bool = True) -> Iterator[None]:
-    """Matrix units, or none, for a while."""
-    before = _tiles.on
-    _tiles.on = on
-    try:
-        yield
-    finally:
-        _tiles.on = before
 
 
 def tiles_for(dtype: mx.Dtype, bits: int, group_size: int, inputs: int) -> bool:
