@@ -6,6 +6,7 @@ import numpy as np
 from specdec.kernels.gpu import linear as gpu
 from specdec.kernels.norm import Norm
 from specdec.kernels.weight import Weight
+from tests.kernels.gpu.arrays import exact
 from tests.kernels.weights import normal, some_weight
 from tests.metal.run import through_shim
 
@@ -24,10 +25,6 @@ def as_dtype(weight: Weight, dtype: mx.Dtype) -> tuple[Weight, np.ndarray]:
     codes = exact(mx.dequantize(weight.data, one, zero, group_size=size, bits=bits))
     scale, bias = (np.repeat(exact(a), size, axis=-1) for a in (scales, biases))
     return Weight(weight.data, scales, biases, bits, size), codes * scale + bias
-
-
-def exact(x) -> np.ndarray:
-    return np.array(x.astype(mx.float32)).astype(np.float64)
 
 
 def bits_of(x: mx.array) -> np.ndarray:

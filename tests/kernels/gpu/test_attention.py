@@ -13,6 +13,7 @@ from specdec.kernels.gpu import attention as gpu
 from specdec.kernels.gpu.limits import Unsupported
 from specdec.kernels.layout import TreeLayout
 from specdec.kernels.linear import Piece
+from tests.kernels.gpu.arrays import exact, random
 from tests.metal.build import compiler
 from tests.metal.cuda import cuda_source
 from tests.metal.rules import broken_rules
@@ -25,14 +26,6 @@ CLOSE = {mx.float32: 2e-6, mx.float16: 2e-3, mx.bfloat16: 1.5e-2}  # for results
 LENGTHS = (0, 1, 63, 64, 127, 128, 255, 256, 257, 1000)
 TREE = TreeLayout(np.array([-1, 0, 0, 1, 1, 2, 5], np.int32))
 ROOT = TreeLayout.chain(1)
-
-
-def random(shape, seed, dtype=mx.float32):
-    return mx.array(np.random.default_rng(seed).standard_normal(shape, np.float32)).astype(dtype)
-
-
-def exact(x):
-    return np.array(x.astype(mx.float32)).astype(np.float64)
 
 
 @contextmanager

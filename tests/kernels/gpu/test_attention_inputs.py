@@ -18,6 +18,7 @@ from specdec.kernels.gpu.limits import Unsupported
 from specdec.kernels.layout import TreeLayout
 from specdec.kernels.linear import Piece
 from specdec.kernels.norm import Norm
+from tests.kernels.gpu.arrays import exact, random
 from tests.metal.build import compiler
 from tests.metal.cuda import cuda_source
 from tests.metal.rules import broken_rules
@@ -27,14 +28,6 @@ pytestmark = pytest.mark.skipif(compiler() is None, reason="needs g++ on Linux")
 NVCC = shutil.which("nvcc")
 
 CLOSE = {mx.float32: 2e-6, mx.float16: 2e-3, mx.bfloat16: 1.5e-2}  # for results of about 1
-
-
-def random(shape, seed, dtype=mx.float32):
-    return mx.array(np.random.default_rng(seed).standard_normal(shape, np.float32)).astype(dtype)
-
-
-def exact(x):
-    return np.array(x.astype(mx.float32)).astype(np.float64)
 
 
 def pieces(rows, heads, kv_heads, dim, gated, dtype, seed=0):

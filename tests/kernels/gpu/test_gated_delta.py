@@ -14,6 +14,7 @@ from specdec.kernels.gpu.tree_program import NO_SLOT, steps
 from specdec.kernels.layout import TreeLayout
 from specdec.kernels.linear import Piece
 from specdec.kernels.norm import Norm
+from tests.kernels.gpu.arrays import exact
 from tests.metal.build import compiler
 from tests.metal.cuda import cuda_source
 from tests.metal.rules import broken_rules
@@ -70,10 +71,6 @@ class Layer:
             Piece(fused, self.channels + 1, self.heads),
             Piece(z_and_a, self.values + 1, self.heads),
         )
-
-
-def exact(x):
-    return np.array(x.astype(mx.float32)).astype(np.float64)
 
 
 def silu(x):

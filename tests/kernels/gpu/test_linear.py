@@ -14,7 +14,8 @@ from specdec.kernels.gpu.limits import Unsupported
 from specdec.kernels.norm import Norm
 from specdec.kernels.weight import Weight
 from tests.backends import same_bits
-from tests.kernels.gpu.products import DTYPES, Problem, as_dtype, bits_of, exact
+from tests.kernels.gpu.arrays import exact
+from tests.kernels.gpu.products import DTYPES, Problem, as_dtype, bits_of
 from tests.kernels.weights import dense, normal, packed, some_weight
 from tests.metal.build import compiler
 from tests.metal.cuda import cuda_source

@@ -13,7 +13,8 @@ from specdec.kernels.gpu import linear as gpu
 from specdec.kernels.gpu.linear_tiles import LINEAR_TILES, _cut, linear_tiles
 from specdec.kernels.gpu.tiles import use_tiles
 from tests.backends import same_bits
-from tests.kernels.gpu.products import DTYPES, Problem, bits_of, exact
+from tests.kernels.gpu.arrays import exact
+from tests.kernels.gpu.products import DTYPES, Problem, bits_of
 from tests.metal.build import compiler
 from tests.metal.cuda import cuda_source
 from tests.metal.rules import broken_rules

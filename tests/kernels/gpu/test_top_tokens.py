@@ -10,6 +10,7 @@ import pytest
 from specdec.kernels import top_tokens as reference
 from specdec.kernels.gpu import top_tokens as gpu
 from specdec.kernels.gpu.limits import Unsupported
+from tests.kernels.gpu.arrays import exact
 from tests.metal.build import compiler
 from tests.metal.cuda import cuda_source
 from tests.metal.rules import broken_rules
@@ -23,10 +24,6 @@ def some_logits(rows, vocab, dtype, levels=10**6):
     rng = np.random.default_rng(vocab + rows)
     logits = (rng.normal(0, 3, (rows, vocab)) * levels).round() / levels
     return mx.array(logits.astype(np.float32)).astype(dtype)
-
-
-def exact(logits) -> np.ndarray:
-    return np.array(logits.astype(mx.float32)).astype(np.float64)
 
 
 def check(found: mx.array, logits: mx.array, width: int) -> None:
