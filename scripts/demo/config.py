@@ -100,7 +100,7 @@ class TargetConfig:
 
 @dataclass(frozen=True)
 class DraftConfig:
-    layers: int = 2
+    layers: int = 3
     hidden: int = 256
     width: int = 1024
     heads: int = 8
@@ -111,7 +111,7 @@ class DraftConfig:
     target_layers: int = 24
     taps: tuple[int, ...] = (1, 6, 11, 16, 21)
     mask_id: int = MASK_ID
-    window: int = 256  # of the first layer; the second one sees everything
+    window: int = 256  # of the first layer; the others see everything
     theta: float = 1e7
     yarn_factor: float = 64.0
     yarn_fast: float = 32.0

@@ -7,7 +7,8 @@ exp(-(k-1)/4), of which ``--reach`` is multiplied by the draft's own probability
 as far as slot k. Taps and teacher rows of the frozen quantised target are computed once and kept on
 the device; what exceeds ``--room`` is divided into pools, one after the other. A row is drawn as
 often as it has tokens to learn from. ``--held`` rows, from prompts that no training saw, are
-measured up to where they begin to repeat themselves.
+measured up to where they begin to repeat themselves. Under ``torchrun`` every GPU takes its share
+of the rows.
 """
 
 from __future__ import annotations
@@ -28,8 +29,10 @@ from accept import accepted, best_first
 from draft import Draft, load_draft, save_draft
 from optim import Optimiser, trapezoid
 from rows import Rows, pick_anchors
+from team import Team
 
 GAMMA = 4.0
+PACE = 16  # steps between two looks at the clock
 STARTED = time.time()
 
 
@@ -56,17 +59,20 @@ def block_loss(
 
 
 class Distiller:
-    def __init__(self, args: argparse.Namespace, device: str) -> None:
-        cuda = device == "cuda"
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.team = Team()
+        device = self.team.device
+        cuda = device.startswith("cuda")
         self.args, self.device = args, device
         self.target = export.load(args.target, torch.bfloat16 if cuda else torch.float32, device)
         cfg = config.tiny()[1] if self.target.cfg.layers == 4 else config.DraftConfig()
         torch.manual_seed(args.seed)
         if args.start:
-            self.draft = load_draft(args.start, self.target.dtype, device)
+            self.draft = load_draft(args.start, self.target.dtype, device, args.layers)
         else:
             self.draft = Draft(cfg, self.target.dtype).to(device)
         self.cfg = self.draft.cfg
+        torch.manual_seed(args.seed + 1 + self.team.rank)
         self.optimiser = Optimiser(self.draft, args.muon_lr, args.adam_lr, args.decay)
         self.loss, self.forward = block_loss, self.draft.forward
         if cuda:
@@ -147,14 +153,18 @@ class Distiller:
         }
 
     def run(self) -> dict[str, object]:
-        args = self.args
+        args, team = self.args, self.team
         sources = [
-            Rows(path, args.batch * args.unit // length, self.device) for path, length in args.rows
+            Rows(path, args.batch * args.unit // length, self.device, part=(team.rank, team.size))
+            for path, length in args.rows
         ]
         bytes_each = (len(self.cfg.taps) + 1) * self.target.cfg.hidden * self.target.dtype.itemsize
         pools = math.ceil(sum(rows.total for rows in sources) * bytes_each / (args.room * 1e9))
-        held = Rows(args.held, sources[0].batch, self.device, "first") if args.held else None
-        print(f"{sum(rows.total for rows in sources):,} tokens in {pools} pools", flush=True)
+        held = None
+        if args.held and team.first:
+            held = Rows(args.held, sources[0].batch, self.device, "first")
+        tokens = sum(rows.total for rows in sources)
+        print(f"GPU {team.rank}: {tokens:,} tokens in {pools} pools", flush=True)
         marks: list[dict[str, object]] = []
 
         def mark() -> None:
@@ -171,6 +181,7 @@ class Distiller:
             held.fill(0, self.target, self.cfg.taps)
         self.draft.zero_grad()
         mark()
+        team.wait()
         began, saved = time.time(), time.time()
         minutes = (args.deadline - (began - STARTED)) / 60 if args.deadline else args.minutes
         print(f"ready after {began - STARTED:.0f} s", flush=True)
@@ -181,30 +192,34 @@ class Distiller:
                 before = time.time()
                 for rows in sources:
                     rows.fill(pool, self.target, self.cfg.taps)
-                print(f"pool {pool}: {time.time() - before:.1f} s", flush=True)
+                team.say(f"pool {pool}: {time.time() - before:.1f} s")
             rows = sources[1] if len(sources) > 1 and step % args.long_every == 0 else sources[0]
             loss, rate = self.batch_loss(rows)
             loss.backward()
+            team.average(self.draft)
             torch.nn.utils.clip_grad_norm_(self.draft.parameters(), 1.0)
             self.optimiser.step(trapezoid(min(progress, 1.0), cool=args.cool))
             self.draft.zero_grad()
             step += 1
-            blocks += rows.batch * args.anchors
+            blocks += rows.batch * args.anchors * team.size
             spent = (time.time() - began) / 60
-            progress = spent / minutes if minutes else step / args.steps
+            if not minutes:
+                progress = step / args.steps
+            elif step % PACE == 0:
+                progress = team.agree(spent / minutes)
             if step % args.log == 1 or progress >= 1.0:
                 rates.append([round(r, 3) for r in rate.tolist()])
-                print(
+                team.say(
                     f"step {step} {progress:.0%} {60 * spent:.0f} s "
-                    f"loss {loss.item():.4f} hits {rates[-1]}",
-                    flush=True,
+                    f"loss {loss.item():.4f} hits {rates[-1]}"
                 )
-            if time.time() - saved > args.save:
+            if team.first and time.time() - saved > args.save:
                 save_draft(self.draft, args.out)
                 mark()
                 saved = time.time()
         mark()
         return {
+            "gpus": team.size,
             "steps": step,
             "seconds": round(time.time() - began, 1),
             "last_hits": rates[-1],
@@ -227,10 +242,11 @@ def main() -> None:
         type=rows_argument,
         nargs="+",
         required=True,
-        help="FILE.npz:LENGTH of regenerate.py; a second one is the long kind",
+        help="FILES.npz:LENGTH of regenerate.py (a pattern); a second one is the long kind",
     )
     parser.add_argument("--out", type=Path, required=True, help="folder of the draft")
     parser.add_argument("--start", type=Path, help="draft to go on from")
+    parser.add_argument("--layers", type=int, default=0, help="new layers up to so many")
     parser.add_argument("--steps", type=int, default=4000)
     parser.add_argument("--minutes", type=float, default=0.0, help="instead of --steps")
     parser.add_argument(
@@ -254,10 +270,12 @@ def main() -> None:
     parser.add_argument("--save", type=float, default=100.0, help="seconds between two saves")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    distiller = Distiller(args, "cuda" if torch.cuda.is_available() else "cpu")
+    distiller = Distiller(args)
     report = distiller.run()
-    save_draft(distiller.draft, args.out)
-    (args.out.parent / "distil.json").write_text(json.dumps(report, indent=1) + "\n")
+    if distiller.team.first:
+        save_draft(distiller.draft, args.out)
+        (args.out.parent / "distil.json").write_text(json.dumps(report, indent=1) + "\n")
+    distiller.team.leave()
 
 
 if __name__ == "__main__":

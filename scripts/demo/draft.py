@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -145,16 +146,29 @@ def save_draft(draft: Draft, out: Path) -> None:
     (out / "config.json").write_text(json.dumps(draft.cfg.hf_config(), indent=1) + "\n")
 
 
-def load_draft(folder: Path, dtype: torch.dtype, device: str) -> Draft:
-    """A draft with the weights of a folder written by ``save_draft``."""
+def load_draft(folder: Path, dtype: torch.dtype, device: str, layers: int = 0) -> Draft:
+    """A draft with the weights of a folder written by ``save_draft``.
+
+    With more ``layers`` than the folder's, new ones go before the last one. They add nothing to the
+    residual stream, so that the draft is the same function until it is trained.
+    """
     text = json.loads((folder / "config.json").read_text())
     taps = tuple(text["dflash_config"]["target_layer_ids"])
     cfg = DraftConfig(
-        target_layers=text["num_target_layers"], taps=taps, window=text["sliding_window"]
+        layers=text["num_hidden_layers"],
+        target_layers=text["num_target_layers"],
+        taps=taps,
+        window=text["sliding_window"],
     )
     if text != cfg.hf_config():
         raise ValueError(f"{folder}/config.json is not a demo draft")
     draft = Draft(cfg, dtype)
     weights = load_file(folder / "model.safetensors")
     draft.load_state_dict({k: v.float() for k, v in weights.items()})
+    for _ in range(cfg.layers, layers):
+        layer = Layer(cfg)
+        nn.init.zeros_(layer.self_attn.o_proj.weight)
+        nn.init.zeros_(layer.mlp.down_proj.weight)
+        draft.layers.insert(len(draft.layers) - 1, layer)
+    draft.cfg = replace(cfg, layers=len(draft.layers))
     return draft.to(device)

@@ -132,18 +132,31 @@ class Generator:
 
 
 class Feed:
-    """The prompts of a file of ``mine.py``, one after another from ``skip`` on."""
+    """Piece ``part`` (which one, of how many) of a file of ``mine.py``, one prompt after another.
 
-    def __init__(self, path: Path, length: int, device: str, skip: int) -> None:
+    It is gone through ``passes`` times, after the first with each prompt cut at a random place.
+    """
+
+    def __init__(
+        self, path: Path, length: int, device: str, part: tuple[int, int], passes: int
+    ) -> None:
         self.stream = data.read(path, device)
-        self.stops = (self.stream == EOS_ID).nonzero().squeeze(1)
-        self.starts = torch.cat([self.stops.new_zeros(1), self.stops[:-1] + 1])
-        self.length, self.next = length, skip
+        stops = (self.stream == EOS_ID).nonzero().squeeze(1)
+        starts = torch.cat([stops.new_zeros(1), stops[:-1] + 1])
+        which, parts = part
+        piece = slice(len(stops) * which // parts, len(stops) * (which + 1) // parts)
+        self.starts, self.whole = starts[piece], (stops - starts)[piece]
+        self.size = self.whole
+        self.length, self.next, self.left = length, 0, passes
 
     def take(self, count: int) -> tuple[Tensor, Tensor]:
         """Up to ``count`` rows [n, length + 1], of which the first ``size`` [n] tokens count."""
+        if count and self.next >= len(self.starts) and self.left > 1:
+            self.next, self.left = 0, self.left - 1
+            share = 0.3 + 0.6 * torch.rand(len(self.whole), device=self.whole.device)
+            self.size = (self.whole * share).long().clamp_min(8)
         part = slice(self.next, self.next + count)
-        starts, size = self.starts[part], (self.stops - self.starts)[part]
+        starts, size = self.starts[part], self.size[part]
         self.next += len(starts)
         steps = torch.arange(self.length + 1, device=starts.device)
         where = (starts.unsqueeze(1) + steps).clamp_max(len(self.stream) - 1)
@@ -224,7 +237,8 @@ def main() -> None:
         help="tokens to keep after a row begins to repeat itself",
     )
     parser.add_argument("--new", type=int, default=128, help="longest answer to --prompts")
-    parser.add_argument("--skip", type=int, default=0, help="first of the --prompts")
+    parser.add_argument("--part", type=int, nargs=2, default=(0, 1), metavar=("I", "N"))
+    parser.add_argument("--passes", type=int, default=1, help="times to go through --prompts")
     parser.add_argument("--rounds", type=int, default=20, help="batches from --tokens")
     parser.add_argument("--low", type=int, default=32, help="shortest prompt from --tokens")
     parser.add_argument("--high", type=int, default=160, help="longest prompt + 1, likewise")
@@ -240,7 +254,7 @@ def main() -> None:
         generator = Generator(model, args.batch, args.length, args.plain)
     began = time.time()
     if args.prompts:
-        feed = Feed(args.prompts, args.length, device, args.skip)
+        feed = Feed(args.prompts, args.length, device, tuple(args.part), args.passes)
         pieces = generator.flow(feed, args.new, args.loop, args.warm, args.minutes)
     else:
         pieces = batches(args, generator)

@@ -16,14 +16,26 @@ from model import Target
 class Rows:
     """Regenerated rows of one length and, for one pool of them, what the target makes of them."""
 
-    def __init__(self, path: Path, batch: int, device: str, end: str = "end") -> None:
-        stored = np.load(path)
-        usable = np.nonzero(stored[end] - stored["size"] >= 4)[0]
-        np.random.default_rng(0).shuffle(usable)
-        self.stored = [
-            torch.from_numpy(stored[name][usable].astype(np.int32)).to(device)
-            for name in ("tokens", "size", end)
-        ]
+    def __init__(
+        self,
+        pattern: Path,
+        batch: int,
+        device: str,
+        end: str = "end",
+        part: tuple[int, int] = (0, 1),
+    ) -> None:
+        """Share ``part`` (which one, of how many) of the rows in all files that fit ``pattern``."""
+        found: list[list[np.ndarray]] = []
+        for path in sorted(pattern.parent.glob(pattern.name)):
+            stored = np.load(path)
+            usable = np.nonzero(stored[end] - stored["size"] >= 4)[0]
+            mine = np.random.default_rng(0).permutation(usable)[part[0] :: part[1]]
+            found.append([stored[name][mine] for name in ("tokens", "size", end)])
+        if not found:
+            raise FileNotFoundError(pattern)
+        columns = [np.concatenate(column) for column in zip(*found, strict=True)]
+        order = np.random.default_rng(0).permutation(len(columns[0]))
+        self.stored = [torch.from_numpy(x[order].astype(np.int32)).to(device) for x in columns]
         self.batch = batch
         self.total = int(self.stored[2].sum())  # positions to keep, of all pools
         self.divide(1)
