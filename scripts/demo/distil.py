@@ -120,7 +120,8 @@ class Distiller:
 
     def measure(self, held: Rows) -> dict[str, object]:
         """Hits per slot and tokens a round at random anchors of held-out rows, always the same:
-        for the chain and for best-first trees of 6; blocks end where a row begins to repeat."""
+        for the chain and for best-first trees of 6 in the first four slots; blocks end where a
+        row begins to repeat."""
         state = torch.get_rng_state()
         torch.manual_seed(0)
         hits, valid, depths = [], [], []
