@@ -32,7 +32,8 @@ def write_runs(folder: Path) -> Runs:
     generate = ("generate", "--max-tokens", "24", "--ignore-eos")
     slots = ("--pin-layers", "4", "--cache-slots", "200")
     bench: tuple[object, ...] = ("bench", "--prompts", prompts, "--budgets", "1,3,auto")
-    bench += ("--repeat", "2", "--max-tokens", "12", "--ignore-eos")
+    # four rounds at least, whatever is accepted: fewer have no interval
+    bench += ("--repeat", "2", "--max-tokens", "32", "--ignore-eos")
     for arguments in (
         (*generate, *slots, "--budget", "4", "--compare", "--json", runs.compared),
         (*generate, "--budget", "2", "--json", runs.two),
@@ -43,7 +44,7 @@ def write_runs(folder: Path) -> Runs:
         assert done.exit_code == 0, done.stderr
     for arguments, rounds in (
         ((*generate, "--budget", "4", "--json", runs.cut), 3),
-        ((*bench, "--json", runs.cut_sweep), 60),
+        ((*bench, "--json", runs.cut_sweep), 160),
     ):
         with pytest.MonkeyPatch.context() as patch:
             interrupt_after(patch, rounds)
