@@ -10,8 +10,8 @@ and others picked like them in place of the rest.
 The proposal is calibrated: in slot d of a block the text's token has the rank r with the very
 probability that the proposal gives to rank r. The first rank's probability is drawn from a beta
 distribution whose mean is AGREEMENT[d]: the share of drafts that are right in slot d when all
-before were, of the demo pair (docs/measurements.md: acceptance 2.98 and 3.12 with chains of 4 and
-6 nodes, 3.16 and 3.40 with best-first trees; this gives the same within 0.1).
+before were, of an earlier draft of the demo pair (acceptance 2.98 and 3.12 with chains of 4 and 6
+nodes, 3.16 and 3.40 with best-first trees; this gives the same within 0.1).
 """
 
 from collections.abc import Sequence
