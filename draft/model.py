@@ -172,11 +172,13 @@ class Draft:
         # Not normalized again by a layer's input norm, unlike the block's rows.
         context = linear(self._cast(taps), weights.fc)
         norm = Norm(weights.hidden_norm, config.rms_norm_eps)
+        positions = self._positions(self._length, count)
         for layer, cache in zip(weights.layers, self._caches, strict=True):
             first = count - cache.rows_to_keep(count)
             keys = values = cache.rows[0, :, :0]
             if first < count:  # a window of one row sees no other
-                keys, values = self._keys_values(layer, norm, context[first:], self._length + first)
+                seen = positions[first:] if first else positions
+                keys, values = self._keys_values(layer, norm, context[first:], seen)
             cache.append(keys, values, self._length + first)
         start(*(cache.rows for cache in self._caches))
         self._length += count  # last: after an error the same rows can be given again
@@ -245,8 +247,10 @@ class Draft:
         x = self._cast(embed(np.array(tokens, np.int32), self.embedding))
         if config.input_embedding_scale != 1.0:
             x = x * config.input_embedding_scale
+        # Every layer asks for the same array: its sines are looked up once.
+        positions = self._positions(self._length + self._shift, config.block_size)
         for i, (layer, cache) in enumerate(zip(self.weights.layers, self._caches, strict=True)):
-            x = self._attend(x, layer, cache, config.causal[i])
+            x = self._attend(x, layer, cache, config.causal[i], positions)
             norm = Norm(layer.post_norm, config.rms_norm_eps)
             gate, up = layer.gate_up(x, norm)
             x = linear(swiglu(gate.values, up.values), layer.down, residual=x)
@@ -254,11 +258,18 @@ class Draft:
                 raise NonFiniteError(f"NaN or Inf first appears in layer {i} of the draft")
         return x[1:]
 
-    def _attend(self, x: Array, layer: LayerWeights, cache: ContextCache, causal: bool) -> Array:
+    def _attend(
+        self,
+        x: Array,
+        layer: LayerWeights,
+        cache: ContextCache,
+        causal: bool,
+        positions: np.ndarray,
+    ) -> Array:
         """x [block, hidden] plus its attention to the context and to the block itself."""
-        config, position = self.config, self._length + self._shift
+        config = self.config
         q, k, v = layer.qkv(x, Norm(layer.input_norm, config.rms_norm_eps))
-        turn = self._rope.rows(self._positions(position, config.block_size), x)
+        turn = self._rope.rows(positions, x)
         queries, keys, values = attention_inputs(q, k, v, self._shape(layer), *turn)
         keys, values = cache.with_block(keys, values)
         first, last = cache.seen(self._length, causal)
@@ -268,15 +279,16 @@ class Draft:
         return linear(attended, layer.o, residual=x)
 
     def _keys_values(
-        self, layer: LayerWeights, norm: Norm, rows: Array, position: int
+        self, layer: LayerWeights, norm: Norm, rows: Array, positions: np.ndarray
     ) -> tuple[Array, Array]:
         """Keys, normalized and rotated, and values of norm(rows) for rows [n, hidden]: each
         [kv_heads, n, head_dim]."""
         config = self.config
-        keys = self._heads(linear(rows, layer.k, norm), config.num_kv_heads)
+        keys, values = (
+            self._heads(piece.values, config.num_kv_heads) for piece in layer.told(rows, norm)
+        )
         keys = rms_norm(keys, layer.k_norm, config.rms_norm_eps)
-        keys = self._rope(keys, self._positions(position, rows.shape[0]))
-        return keys, self._heads(linear(rows, layer.v, norm), config.num_kv_heads)
+        return self._rope(keys, positions), values
 
     def _shape(self, layer: LayerWeights) -> AttentionShape:
         config, eps = self.config, self.config.rms_norm_eps

@@ -45,14 +45,6 @@ class LayerWeights:
         """Keys and values, of which told rows have no queries."""
         return self.qkv.after(1)
 
-    @cached_property
-    def k(self) -> Weight:
-        return self.qkv.weight(1)
-
-    @cached_property
-    def v(self) -> Weight:
-        return self.qkv.weight(2)
-
 
 @dataclass(frozen=True, eq=False)
 class DraftWeights:

@@ -22,6 +22,7 @@ from specdec.kernels.cpu.jit import intrinsic
 
 LANES = 16
 STEP = 2 * LANES  # features per step; the length of an input row is a multiple of it
+AHEAD = 4096  # bytes: a pass takes its weights from memory, and hardware reads ahead too little
 CHUNK = 2 * STEP  # features whose 4-bit weights share a scale, at the least
 # Whether 16 products side by side fit the registers: 32 of LANES floats each.
 WIDE = bool(get_host_cpu_features().get("avx512f"))
@@ -80,6 +81,14 @@ class _Builder:
     def offset(self, address: Any, count: int) -> Any:
         return self.ir.add(address, _INDEX(count)) if count else address
 
+    def prefetch(self, address: Any) -> None:
+        """Have the line AHEAD of an address fetched; it may lie behind the weights' end."""
+        byte = _BYTE.as_pointer()
+        kind = ir.FunctionType(ir.VoidType(), [byte, _WORD, _WORD, _WORD])
+        fetch = cgutils.get_or_insert_function(self.module, kind, "llvm.prefetch.p0i8")
+        place = self.ir.inttoptr(self.ir.add(address, _INDEX(AHEAD)), byte)
+        self.ir.call(fetch, [place, _WORD(0), _WORD(3), _WORD(1)])  # to read, into all caches
+
     def load(self, kind: Any, address: Any) -> Any:
         value = self.ir.load(self.ir.inttoptr(address, kind.as_pointer()))
         value.align = 1
@@ -119,6 +128,8 @@ class _Builder:
     def plain(self, size: Any, weights: list[Any], inputs: list[Any], bits: int) -> list[Any]:
         def body(feature: Any, sums: list[Any]) -> list[Any]:
             at = self.ir.mul(feature, _INDEX(_FLOAT_BYTES))
+            for base in weights:
+                self.prefetch(self.ir.add(base, self.ir.mul(feature, _INDEX(bits // 8))))
             for half in range(2):
                 if bits == 16:
                     factors = [self._bfloat16(base, feature, half) for base in weights]
@@ -150,6 +161,8 @@ class _Builder:
                 codes = []
                 for base in weights:
                     place = b.add(base, b.lshr(feature, _INDEX(1)))
+                    if step == 0:
+                        self.prefetch(place)
                     packed = self.load(
                         ir.VectorType(_BYTE, LANES), self.offset(place, step * LANES)
                     )

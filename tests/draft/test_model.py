@@ -195,7 +195,7 @@ def test_packed_weights_are_their_dequantized_values(tmp_path):
             if values is not None:
                 tensors[name.removeprefix("model.")] = values
         raw = checkpoint.config
-    assert mlx.weights.layers[0].k.quantized
+    assert mlx.weights.layers[0].qkv.weight(1).quantized
     expected = Reference(raw, tensors, unpacked(embedding), unpacked(head)).log_probs(taps, 5)
     for draft in (mlx, numpy, short):
         extend(draft, taps)
