@@ -13,7 +13,7 @@ import mlx.core as mx
 import numpy as np
 
 from specdec.draft.config import DraftConfig
-from specdec.kernels.array import Array, Backend, concatenate
+from specdec.kernels.array import Array, Backend, concatenate, evaluate
 from specdec.kernels.written import Written
 
 STEP = 256  # rows by which buffers grow
@@ -112,5 +112,6 @@ class ContextCache:
         size = capacity(self.end + count, self._block, self._window)
         heads, _, dim = self.rows.shape[1:]
         rest = self._backend.zeros((2, heads, size - keep, dim))
-        self.rows = concatenate([self.rows[:, :, rows - keep : rows], rest], axis=2)
-        self.start = self.end - keep
+        grown = concatenate([self.rows[:, :, rows - keep : rows], rest], axis=2)
+        evaluate(grown)  # or the old buffers of all layers would be held until a pass is done
+        self.rows, self.start = grown, self.end - keep

@@ -9,7 +9,7 @@ from typing import TypeAlias
 
 import mlx.core as mx
 
-from specdec.kernels.array import Array, Backend, concatenate
+from specdec.kernels.array import Array, Backend, concatenate, evaluate
 from specdec.kernels.attention_inputs import AttentionShape, attention_inputs
 from specdec.kernels.linear import Piece
 from specdec.kernels.written import Written
@@ -52,7 +52,8 @@ class State:
         return self.keys[0].shape[1] if self.keys else 0
 
     def make_room(self, rows: int) -> None:
-        """Grow the buffers so that `rows` more can be staged."""
+        """Grow the buffers so that `rows` more can be staged: one after the other is made, so that
+        memory holds one old buffer beside the new ones and not all of them."""
         for buffers in (self.keys, self.values):
             for index, buffer in enumerate(buffers):
                 missing = self.length + rows - buffer.shape[1]
@@ -60,7 +61,9 @@ class State:
                     self.written.settle()
                     steps = -(-missing // KV_STEP) * KV_STEP
                     more = self.backend.zeros((buffer.shape[0], steps, buffer.shape[2]))
-                    buffers[index] = concatenate([buffer, more], axis=1)
+                    grown = concatenate([buffer, more], axis=1)
+                    evaluate(grown)
+                    buffers[index] = grown
 
     def stage(
         self,

@@ -87,3 +87,19 @@ def test_bytes_of_all_layers():
     row = 2 * config.num_kv_heads * config.head_dim * 2
     expected = row * (capacity(5000, 8, 100) + capacity(5000, 8, 0))
     assert cache_bytes(config, 5000, mx.bfloat16) == expected
+
+
+def test_memory_holds_one_old_buffer_while_those_of_all_layers_grow():
+    caches = [ContextCache(2, 64, BLOCK, 0, MLX) for _ in range(16)]
+    for cache in caches:
+        full = mx.zeros((2, 4 * STEP - 2 * BLOCK, 64))
+        cache.append(full, full, 0)
+    mx.eval([cache.rows for cache in caches])
+    mx.reset_peak_memory()
+    for cache in caches:
+        one = mx.zeros((2, 1, 64))
+        cache.append(one, one, cache.end)
+    mx.eval([cache.rows for cache in caches])
+    assert [cache.rows.shape[2] for cache in caches] == 16 * [5 * STEP]
+    # the old one and what is put behind it are as large as the new one
+    assert mx.get_peak_memory() - mx.get_active_memory() <= 1.25 * caches[0].rows.nbytes
