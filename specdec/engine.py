@@ -7,25 +7,21 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from time import perf_counter
 
-import numpy as np
-
+from specdec.ahead import Ahead
 from specdec.auto_budget import Auto
-from specdec.budget import Budget, Fixed
+from specdec.budget import Budget
 from specdec.chooser import chooser
-from specdec.draft.graph import Asked, Walk
 from specdec.draft.model import Draft
-from specdec.errors import NonFiniteError, SpecdecError
+from specdec.errors import SpecdecError
 from specdec.interrupt import Interrupts
-from specdec.kernels.array import Array, concatenate
+from specdec.kernels.array import concatenate
 from specdec.kernels.gpu.limits import TREE_NODES
 from specdec.kernels.tapped import Taps
-from specdec.kernels.walked import CAME
-from specdec.round import PhaseSeconds, Prefill, Round
+from specdec.round import PhaseClock, Prefill, Round
 from specdec.round_costs import RoundCosts
 from specdec.sampling import GREEDY, Sampling
 from specdec.target.grown_tree import GrownTree
 from specdec.target.model import Target
-from specdec.target.pending import Output
 from specdec.tree.block import Block
 from specdec.tree.draft_tree import DraftTree
 
@@ -71,9 +67,6 @@ class Engine:
         self._bonus: int | None = None
         self._drafting = False
         self._untold: list[Taps] = []  # of committed tokens the draft does not know of
-        # Where a GPU goes on by itself: what it drafts after the round at hand, and the tree of it.
-        self._past: Asked | None = None
-        self._next: tuple[Array, GrownTree] | None = None
 
     def prefill(
         self,
@@ -89,6 +82,7 @@ class Engine:
         self.reset()
         self.chooser = chooser(sampling)
         self._drafting = drafting and self.draft is not None
+        self._ahead = Ahead(self.target, self.draft if self._drafting else None, self.chooser)
         start = perf_counter()
         for done in range(0, len(tokens), self.prefill_chunk):
             chunk = tokens[done : done + self.prefill_chunk]
@@ -108,49 +102,49 @@ class Engine:
         limit, context, told = budget.limit(), self.target.length, self._untold_rows()
         misses, stall = self.target.experts.waited()
         asked = sum(self.target.experts.slot_requests())
-        times = [perf_counter()]
+        clock = PhaseClock()
+        tree: DraftTree | GrownTree
         tree = DraftTree.root(self._bonus)
         self.target.foresee(tree)  # its reads go on while the draft is asked
-        block = grown = None
-        if self._grows(budget, limit, kind):
-            grown = self._grow(limit)
+        block = None
+        if self._ahead.can_grow(budget, limit, kind):
+            self._tell_draft()
+            tree = self._ahead.grow(self._bonus, limit)
         elif limit > 1:
             block = self._propose(limit)
         elif told >= CATCH_UP_ROWS:
             self._tell_draft()
         told -= self._untold_rows()
-        times.append(perf_counter())
+        clock.lap("draft")
         if block is not None:
             tree = budget.cut(self.chooser.grow(self._bonus, block, limit, kind))
             self.target.foresee(tree)
-        times.append(perf_counter())
-        output = self.target.verify(grown or tree)
-        verified = perf_counter()
-        begun = self._look_past(limit, grown or tree, output)
-        ahead = perf_counter() - verified if begun else 0.0
-        if grown is not None:
-            self._follow(limit)
-            tree = self._known(grown, output)
+        clock.lap("build")
+        output = self.target.verify(tree)
+        clock.lap("verify")
+        begun = self._ahead.look_past(tree, output, limit)
+        if begun:
+            clock.lap("draft")
+        if isinstance(tree, GrownTree):
+            tree = self._ahead.read(tree, output, self._bonus, limit)
         path, bonus = self.chooser.walk(tree, output.logits, output.verdict)
-        times.append(perf_counter())
+        clock.lap("verify")
         taps = [Taps(output.tapped, path)] if self._drafting else []
-        if block is not None and not begun:
-            self._look_ahead(limit, taps[0], bonus)
-        times.append(perf_counter())
+        if limit > 1 and not begun:
+            self._ahead.look_ahead(taps[0], bonus, limit)
+        clock.lap("draft")
         with Interrupts():  # a round is committed as a whole or not at all
             self.target.commit(path)
             self.chooser.commit(tree.tokens[list(path)].tolist())
             self._bonus = bonus
             self._untold += taps
-        times.append(perf_counter())
-        draft, build, verify, drafted, commit = np.diff(times).tolist()
-        seconds = PhaseSeconds(draft + ahead + drafted, build, verify - ahead, commit)
+        clock.lap("commit")
         missed, stalled = self.target.experts.waited()
         done = Round(
             tree,
             path,
             bonus,
-            seconds,
+            clock.seconds,
             budget=limit,
             context=context,
             told=told,
@@ -161,82 +155,13 @@ class Engine:
         budget.learn(done)
         return done
 
-    def _grows(self, budget: Budget, limit: int, kind: str) -> bool:
-        """Whether a GPU grows the tree by itself, before the host has read what it drafted."""
-        draft = self.draft
-        ready = limit > 1 and draft is not None and draft.compiled and self._drafting
-        # what is cut is chosen by the host
-        chosen = isinstance(budget, Fixed) and kind == "best-first" and self.chooser.on_device
-        return ready and chosen and self.target.can_grow(limit)
-
-    def _grow(self, budget: int) -> GrownTree:
-        draft, asked = self._asked(budget)
-        found = draft.answer(*asked)
-        if self._next is not None and self._next[0] is found:
-            return self._next[1]
-        return self.target.grow(found, budget, asked[0])
-
-    def _follow(self, limit: int) -> None:
-        """Let a GPU that looked past this round verify the next tree as well."""
-        assert self._past is not None
-        found, came = self._past
-        assert came is not None
-        tree = self.target.look_past(found, limit, came)
-        self._next = None if tree is None else (found, tree)
-
-    def _known(self, grown: GrownTree, output: Output) -> DraftTree:
-        """The tree, once the pass is done: read back with what came of it."""
-        assert self.draft is not None
-        assert self._bonus is not None
-        assert self._past is not None
-        assert output.verdict is not None
-        numbers, end = np.array(self._past.came), CAME + 2 * grown.rows
-        output.verdict.known(numbers[CAME:end])
-        grown.known(numbers[end:])
-        try:
-            return grown.host
-        except NonFiniteError:
-            self.draft.probe(self._bonus)
-            raise
-
-    def _propose(self, budget: int) -> Block:
-        draft, asked = self._asked(budget)
-        return draft.propose(*asked)
-
-    def _asked(self, budget: int) -> tuple[Draft, tuple[int, int, int]]:
-        """The draft, told of all that is committed, and what to ask it for."""
+    def _propose(self, limit: int) -> Block:
         if self.draft is None or not self._drafting:
-            raise SpecdecError(f"budget {budget} needs a draft model; budget 1 does not")
+            raise SpecdecError(f"budget {limit} needs a draft model; budget 1 does not")
         assert self._bonus is not None
         self._tell_draft()
-        assert self.draft.length == self.target.length
         # a tree is nowhere deeper than it has nodes
-        return self.draft, (self._bonus, self.chooser.width(budget), budget)
-
-    def _look_past(self, limit: int, tree: DraftTree | GrownTree, output: Output) -> bool:
-        """Let a GPU go on with what the next round will ask for if it is like this one, before the
-        host knows the path; whether the draft is at work then."""
-        verdict = output.verdict
-        if verdict is None or not self.chooser.on_device:
-            return False
-        if limit == 1:
-            if self.target.compiled and not self._drafting:
-                self.target.look_ahead(verdict.lone_token)
-            return False
-        if self.draft is None or not self.draft.compiled:
-            return False
-        if isinstance(tree, GrownTree):
-            walk = Walk(tree.made.tree, verdict.rows)
-        else:
-            walk = Walk(np.concatenate([tree.tokens, tree.parents]), verdict.rows)
-        self._past = self.draft.look_past(output.tapped, walk, self.chooser.width(limit), limit)
-        return True
-
-    def _look_ahead(self, limit: int, taps: Taps, bonus: int) -> None:
-        """Let a GPU draft the next block while the host commits this round."""
-        assert self.draft is not None
-        if self.draft.compiled:
-            self.draft.look_ahead(taps, bonus, self.chooser.width(limit), limit)
+        return self.draft.propose(self._bonus, self.chooser.width(limit), limit)
 
     def _untold_rows(self) -> int:
         return sum(len(taps) for taps in self._untold)
@@ -246,11 +171,12 @@ class Engine:
 
         Part of drafting, not of the commit: after an error in it the round can be run again.
         """
+        assert self.draft is not None
         if self._untold:
-            assert self.draft is not None
             taps = self._untold[0]
             if len(self._untold) > 1:
                 taps = Taps([concatenate([taps.values for taps in self._untold])])
             with Interrupts():  # none is told twice
                 self.draft.extend(taps)
                 self._untold.clear()
+        assert self.draft.length == self.target.length

@@ -1,6 +1,7 @@
 """What the engine hands to those who count and print: one Prefill, then Rounds."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from time import perf_counter
 
 from specdec.tree.draft_tree import DraftTree
 
@@ -26,6 +27,24 @@ class PhaseSeconds:
     build: float = 0.0
     verify: float = 0.0
     commit: float = 0.0
+
+
+class PhaseClock:
+    """Counts the wall time of a round to its phases, from when it is made."""
+
+    def __init__(self) -> None:
+        self._seconds = {phase.name: 0.0 for phase in fields(PhaseSeconds)}
+        self._since = perf_counter()
+
+    def lap(self, phase: str) -> None:
+        """The time since the last lap was spent on this one of PhaseSeconds."""
+        now = perf_counter()
+        self._seconds[phase] += now - self._since
+        self._since = now
+
+    @property
+    def seconds(self) -> PhaseSeconds:
+        return PhaseSeconds(**self._seconds)
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,10 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from specdec.ahead import Ahead
 from specdec.budget import Fixed
 from specdec.checkpoint import Checkpoint
+from specdec.choose import Greedy
 from specdec.draft.config import DraftConfig
 from specdec.draft.graph import Asked, DraftGraph
 from specdec.draft.model import Draft
@@ -17,6 +19,7 @@ from specdec.kernels.array import Backend
 from specdec.kernels.gpu.in_place import write_in_place
 from specdec.kernels.gpu.limits import MAX_ROWS, refused
 from specdec.kernels.walked import LENGTH
+from specdec.round import PhaseSeconds
 from specdec.sampling import GREEDY, Sampling
 from specdec.target.commit_graph import CommitGraph
 from specdec.target.model import Target
@@ -136,16 +139,16 @@ def test_with_and_without_looking_ahead_everything_is_the_same(engine, monkeypat
     found = []
     knowing(answer_of(engine), monkeypatch)
     for ahead in ("followed", "grown", "look_past", "look_ahead", ""):
-        ahead_, past, grows = Engine._look_ahead, Engine._look_past, Engine._grows
-        follow = Engine._follow
+        follow, grows = Target.look_past, Ahead.can_grow
+        past, ahead_ = Ahead.look_past, Ahead.look_ahead
         if ahead != "followed":
-            monkeypatch.setattr(Engine, "_follow", lambda *ask: None)
+            monkeypatch.setattr(Target, "look_past", lambda *ask: None)
         if ahead not in ("followed", "grown"):
-            monkeypatch.setattr(Engine, "_grows", lambda *ask: False)
+            monkeypatch.setattr(Ahead, "can_grow", lambda *ask: False)
         if ahead in ("look_ahead", ""):
-            monkeypatch.setattr(Engine, "_look_past", lambda *ask: False)
+            monkeypatch.setattr(Ahead, "look_past", lambda *ask: False)
         if not ahead:
-            monkeypatch.setattr(Engine, "_look_ahead", lambda *ask: None)
+            monkeypatch.setattr(Ahead, "look_ahead", lambda *ask: None)
         engine.prefill(PROMPT)
         rounds = [engine.step(Fixed(7)) for _ in range(3)]
         assert (engine.draft._begun is not None) == bool(ahead)
@@ -168,14 +171,46 @@ def test_with_and_without_looking_ahead_everything_is_the_same(engine, monkeypat
             for r in rounds
         ]
         found.append((words, state, block.log_probs.tobytes()))
-        monkeypatch.setattr(Engine, "_look_past", past)
-        monkeypatch.setattr(Engine, "_look_ahead", ahead_)
-        monkeypatch.setattr(Engine, "_grows", grows)
-        monkeypatch.setattr(Engine, "_follow", follow)
+        monkeypatch.setattr(Target, "look_past", follow)
+        monkeypatch.setattr(Ahead, "can_grow", grows)
+        monkeypatch.setattr(Ahead, "look_past", past)
+        monkeypatch.setattr(Ahead, "look_ahead", ahead_)
     assert found == found[:1] * 5
     paths = [list(path) for *_, path, _ in found[0][0]]
     assert max(map(len, paths)) > 2
     assert any(path != list(range(len(path))) for path in paths)  # rows were moved
+
+
+def test_what_is_begun_ahead_counts_to_the_phase_it_belongs_to(engine, monkeypatch):
+    now = 0.0
+
+    def takes(seconds, owner, name):
+        step = getattr(owner, name)
+
+        def longer(*given):
+            nonlocal now
+            now += seconds
+            return step(*given)
+
+        monkeypatch.setattr(owner, name, longer)
+
+    monkeypatch.setattr("specdec.round.perf_counter", lambda: now)
+    takes(1, Draft, "answer")
+    takes(2, Draft, "look_past")
+    takes(4, Draft, "look_ahead")
+    takes(10, Greedy, "grow")
+    takes(100, Target, "verify")
+    takes(200, Target, "look_past")
+    takes(400, Target, "look_ahead")
+    takes(1000, Target, "commit")
+    engine.prefill(PROMPT)
+    assert engine.step(Fixed(3)).seconds == PhaseSeconds(3, 0, 300, 1000)
+    assert engine.step(Fixed(3), "chain").seconds == PhaseSeconds(3, 10, 100, 1000)
+    assert engine.step(Fixed(1)).seconds == PhaseSeconds(0, 0, 100, 1000)
+    engine.prefill(PROMPT, sampling=Sampling(temperature=0.8, seed=3))
+    assert engine.step(Fixed(3)).seconds == PhaseSeconds(5, 10, 100, 1000)
+    engine.prefill(PROMPT, drafting=False)
+    assert engine.step(Fixed(1)).seconds == PhaseSeconds(0, 0, 500, 1000)
 
 
 def test_a_grown_tree_of_numbers_that_are_not_finite_is_an_error_that_names_the_layer(engine):
@@ -218,7 +253,7 @@ def test_a_round_that_fails_anywhere_is_run_again(engine, monkeypatch):
         (CommitGraph, "ahead", 1),
         (Target, "look_past", 4),
         (Target, "look_past", 1),
-        (Engine, "_known", 3),
+        (Ahead, "read", 3),
     ]
     for owner, name, budget in steps:
         with monkeypatch.context() as patch:
