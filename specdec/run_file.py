@@ -106,7 +106,7 @@ def read(path: Path) -> RunFile:
         raise RunFileError(f"{path}: not readable: {words}") from error
     except KeyError as error:
         raise RunFileError(f"{path}: not readable: the field {error} is missing") from error
-    except (AttributeError, TypeError, ValueError, OverflowError) as error:
+    except (AttributeError, IndexError, TypeError, ValueError, OverflowError) as error:
         raise RunFileError(f"{path}: not readable: {error}") from error
 
 
@@ -169,7 +169,7 @@ def _generated(document: Mapping[str, Any]) -> Iterator[RecordedRun]:
             kind=GENERATED,
             temperature=temperature,
             context=None,
-            budget=1 if name == "autoregressive" else settings["budget"],
+            budget=1 if name == "autoregressive" else _budget(settings["budget"]),
             repeat=0,
             metrics=_metrics(run),
             tokens=tuple(run["tokens"]),
@@ -195,7 +195,7 @@ def _swept(document: Mapping[str, Any]) -> Iterator[RecordedRun]:
             kind=str(about["class"]),
             temperature=float(run["temperature"]),
             context=run["context"],
-            budget=run["budget"],
+            budget=_budget(run["budget"]),
             repeat=int(run["repeat"]),
             metrics=_metrics(run),
             tokens=tuple(tokens),
@@ -214,6 +214,12 @@ def _metrics(run: Mapping[str, Any]) -> Metrics:
     if strange := {phase.name for phase in found.phases} - {*PHASES, "other"}:
         raise ValueError(f"metrics name the phases {sorted(strange)}, which no round has")
     return found
+
+
+def _budget(value: Any) -> int | str:
+    if value != "auto" and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+        raise ValueError(f"budget is {value!r:.40}, expected a positive number or 'auto'")
+    return value
 
 
 def _temperature(settings: Mapping[str, Any]) -> float:

@@ -159,11 +159,17 @@ def test_damage_inside_is_named(tmp_path, runs):
         (lambda d: speculative(d)["rounds"][0].update(log_weights=[0.5] * 5), "make no tree"),
         (lambda d: speculative(d)["rounds"][1].update(path=[0, 0]), "round 1: its path [0, 0]"),
         (lambda d: speculative(d)["rounds"][0].pop("tokens"), "round 0 has no tree"),
+        (lambda d: d["settings"].update(budget=[]), "budget is [], expected a positive number"),
     ):
         path = edited(tmp_path / "run.json", runs, change)
         with pytest.raises(RunFileError) as caught:
             run_file.read(path)
         assert words in str(caught.value), (words, str(caught.value))
+    sweep = json.loads(runs.sweep.read_text())
+    sweep["runs"][0] = [1]
+    path.write_text(json.dumps(sweep))
+    with pytest.raises(RunFileError, match="not readable"):
+        run_file.read(path)
 
 
 def places(value, at=()):
