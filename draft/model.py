@@ -32,7 +32,7 @@ from specdec.kernels.block_attention import block_attention
 from specdec.kernels.gpu.limits import MAX_ROWS
 from specdec.kernels.linear import embed, linear
 from specdec.kernels.norm import Norm, rms_norm, swiglu
-from specdec.kernels.rope import Rope
+from specdec.kernels.rope import Rope, rotate
 from specdec.kernels.tapped import Taps
 from specdec.kernels.weight import Weight
 from specdec.tree.block import Block
@@ -172,13 +172,13 @@ class Draft:
         # Not normalized again by a layer's input norm, unlike the block's rows.
         context = linear(self._cast(taps), weights.fc)
         norm = Norm(weights.hidden_norm, config.rms_norm_eps)
-        positions = self._positions(self._length, count)
+        cos, sin = self._turn(self._length, count, context)
         for layer, cache in zip(weights.layers, self._caches, strict=True):
             first = count - cache.rows_to_keep(count)
             keys = values = cache.rows[0, :, :0]
             if first < count:  # a window of one row sees no other
-                seen = positions[first:] if first else positions
-                keys, values = self._keys_values(layer, norm, context[first:], seen)
+                turn = cos[first:], sin[first:]
+                keys, values = self._keys_values(layer, norm, context[first:], turn)
             cache.append(keys, values, self._length + first)
         start(*(cache.rows for cache in self._caches))
         self._length += count  # last: after an error the same rows can be given again
@@ -247,10 +247,9 @@ class Draft:
         x = self._cast(embed(np.array(tokens, np.int32), self.embedding))
         if config.input_embedding_scale != 1.0:
             x = x * config.input_embedding_scale
-        # Every layer asks for the same array: its sines are looked up once.
-        positions = self._positions(self._length + self._shift, config.block_size)
+        turn = self._turn(self._length + self._shift, config.block_size, x)
         for i, (layer, cache) in enumerate(zip(self.weights.layers, self._caches, strict=True)):
-            x = self._attend(x, layer, cache, config.causal[i], positions)
+            x = self._attend(x, layer, cache, config.causal[i], turn)
             norm = Norm(layer.post_norm, config.rms_norm_eps)
             gate, up = layer.gate_up(x, norm)
             x = linear(swiglu(gate.values, up.values), layer.down, residual=x)
@@ -264,12 +263,11 @@ class Draft:
         layer: LayerWeights,
         cache: ContextCache,
         causal: bool,
-        positions: np.ndarray,
+        turn: tuple[Array, Array],
     ) -> Array:
         """x [block, hidden] plus its attention to the context and to the block itself."""
         config = self.config
         q, k, v = layer.qkv(x, Norm(layer.input_norm, config.rms_norm_eps))
-        turn = self._rope.rows(positions, x)
         queries, keys, values = attention_inputs(q, k, v, self._shape(layer), *turn)
         keys, values = cache.with_block(keys, values)
         first, last = cache.seen(self._length, causal)
@@ -279,7 +277,7 @@ class Draft:
         return linear(attended, layer.o, residual=x)
 
     def _keys_values(
-        self, layer: LayerWeights, norm: Norm, rows: Array, positions: np.ndarray
+        self, layer: LayerWeights, norm: Norm, rows: Array, turn: tuple[Array, Array]
     ) -> tuple[Array, Array]:
         """Keys, normalized and rotated, and values of norm(rows) for rows [n, hidden]: each
         [kv_heads, n, head_dim]."""
@@ -288,7 +286,7 @@ class Draft:
             self._heads(piece.values, config.num_kv_heads) for piece in layer.told(rows, norm)
         )
         keys = rms_norm(keys, layer.k_norm, config.rms_norm_eps)
-        return self._rope(keys, positions), values
+        return rotate(keys, *turn), values
 
     def _shape(self, layer: LayerWeights) -> AttentionShape:
         config, eps = self.config, self.config.rms_norm_eps
@@ -299,8 +297,9 @@ class Draft:
         """[n, heads * head_dim] -> [heads, n, head_dim]."""
         return rows.reshape(-1, heads, self.config.head_dim).swapaxes(0, 1)
 
-    def _positions(self, first: int, count: int) -> np.ndarray:
-        return np.arange(first, first + count)
+    def _turn(self, first: int, count: int, like: Array) -> tuple[Array, Array]:
+        """cos and sin of the positions from `first` on, for all layers."""
+        return self._rope.rows(np.arange(first, first + count), like)
 
     def _logits(self, hidden: Array) -> Array:
         """[slots, hidden] -> [slots, vocab]."""

@@ -128,8 +128,8 @@ class _Builder:
     def plain(self, size: Any, weights: list[Any], inputs: list[Any], bits: int) -> list[Any]:
         def body(feature: Any, sums: list[Any]) -> list[Any]:
             at = self.ir.mul(feature, _INDEX(_FLOAT_BYTES))
-            for base in weights:
-                self.prefetch(self.ir.add(base, self.ir.mul(feature, _INDEX(bits // 8))))
+            for base in weights if bits == 16 else []:  # float32: keys, or just decoded
+                self.prefetch(self.ir.add(base, self.ir.mul(feature, _INDEX(2))))
             for half in range(2):
                 if bits == 16:
                     factors = [self._bfloat16(base, feature, half) for base in weights]

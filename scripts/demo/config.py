@@ -100,7 +100,7 @@ class TargetConfig:
 
 @dataclass(frozen=True)
 class DraftConfig:
-    layers: int = 3
+    layers: int = 2  # of the first training; the third adds one
     hidden: int = 256
     width: int = 1024
     heads: int = 8
