@@ -181,7 +181,7 @@ class RopeConfig:
 
 
 class Rope:
-    """Rotates rows by their positions. Holds cos and sin of every position met so far.
+    """What `rotate` turns rows by: holds cos and sin of every position met so far.
 
     The tables take 4 * dim bytes a position, up to the highest position asked for.
     """
@@ -195,13 +195,6 @@ class Rope:
         self._last: tuple[np.ndarray, mx.array, mx.array] | None = None
         self._steps: dict[int, tuple[mx.array, mx.array]] = {}  # of the table, on the device
         self._asked: np.ndarray | None = None
-
-    def __call__(self, x: Array, positions: np.ndarray) -> Array:
-        """Rotate x [..., N, D] by positions int [N]; same shape and dtype, D >= dim.
-
-        Dimensions from `dim` on pass unchanged. Computed in float32 and cast back.
-        """
-        return rotate(x, *self.rows(positions, x))
 
     def rows(self, positions: np.ndarray, like: Array) -> tuple[Array, Array]:
         """cos and sin of positions int [N], float32 [N, dim/2] each; arrays of the kind of `like`.
@@ -262,7 +255,8 @@ class Rope:
 
 
 def rotate(x: Array, cos: Array, sin: Array) -> Array:
-    """The first 2 * half dimensions of x [..., N, D] turned by cos, sin [N, half]."""
+    """The first 2 * half dimensions of x [..., N, D] turned by cos, sin [N, half]; same shape and
+    dtype. The others pass unchanged. Computed in float32 and cast back."""
     if is_numpy(x):
         return cpu.rotate(x, cos, sin)
     half = cos.shape[1]
