@@ -7,6 +7,7 @@ import mlx.core as mx
 from specdec.kernels.array import Array
 from specdec.kernels.executor import operation
 from specdec.kernels.linear import Piece
+from specdec.kernels.norm import Norm
 
 
 @dataclass(frozen=True, eq=False)
@@ -17,20 +18,29 @@ class Routing:
     weights: float32 [rows, top_k].
     union: of the GPU kernels alone, int32 [n, 2]: each expert that is used and a bit mask of the
         rows that use it, ascending by expert, then pairs (-1, 0).
+    normed: of the GPU kernels on matrix units alone, what experts read of x: kernels/gpu/normed.py.
     """
 
     experts: Array
     weights: Array
     union: Array = None
+    normed: Array = None
 
 
 @operation("few rows")
-def route(logits: Piece, top_k: int, normalize: bool) -> Routing:
+def route(
+    logits: Piece,
+    top_k: int,
+    normalize: bool,
+    x: Array = None,
+    norm: Norm | None = None,
+) -> Routing:
     """The top_k experts of each row and their weights.
 
     logits: [rows, experts]. The weights are softmax over all experts, or, with `normalize`, over
     the chosen ones (which equals softmax, then renormalization). NaN counts as the largest logit,
     so that it ends up in the weights and is seen.
+    x [rows, hidden] and its norm: what the experts will be asked for, if they will be.
     """
     values = logits.values.astype(mx.float32)
     # a stable sort of the negated logits puts the lower expert first among equals

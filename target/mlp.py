@@ -66,7 +66,7 @@ class MoE:
     def __call__(self, x: Array, this: Pass) -> Array:
         """x [rows, hidden] -> [rows, hidden]."""
         logits, *gates = self.gates(x, self.norm)
-        routing = route(logits, self.top_k, self.normalize)
+        routing = route(logits, self.top_k, self.normalize, x, self.norm)
         shared_gate = gates[0] if gates else None
         if self.all_resident is None:
             if self.tolerance is not None:

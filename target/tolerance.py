@@ -14,7 +14,7 @@ memory is known, not guessed from when it was last used; and all candidates are 
 taken. A row with a NaN among its logits is left alone, so that it is seen.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -88,7 +88,8 @@ class Tolerance:
         union = None
         if routing.union is not None:
             union = self.backend.index(_union(taken, routing.union.shape[0]))
-        return Routing(self.backend.index(taken), self.backend.index(weights), union)
+        index = self.backend.index
+        return replace(routing, experts=index(taken), weights=index(weights), union=union)
 
     def _weights(self, values: np.ndarray, taken: np.ndarray) -> np.ndarray:
         """float32 [rows, top_k] of the experts taken."""

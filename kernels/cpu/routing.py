@@ -6,11 +6,18 @@ import numpy as np
 
 from specdec.kernels.cpu.jit import jit
 from specdec.kernels.linear import Piece
+from specdec.kernels.norm import Norm
 from specdec.kernels.routing import Routing
 
 
-def route(logits: Piece, top_k: int, normalize: bool) -> Routing:
-    """The top_k experts of each row and their weights, as kernels.routing."""
+def route(
+    logits: Piece,
+    top_k: int,
+    normalize: bool,
+    x: np.ndarray | None = None,
+    norm: Norm | None = None,
+) -> Routing:
+    """The top_k experts of each row and their weights, as kernels.routing; x is not looked at."""
     values = np.ascontiguousarray(logits.values)
     experts = np.empty((len(values), top_k), np.int32)
     weights = np.empty((len(values), top_k), np.float32)

@@ -20,9 +20,8 @@ def _matrix(name: str) -> tuple[str, str, str]:
     return name, f"{name}_scales", f"{name}_biases"
 
 
-# of both kernels of each operation
+# of both kernels of each operation, of the first behind what it reads of x
 HIDDEN_INPUTS = (
-    *("x", "norm", "eps"),
     *(*_matrix("gate"), *_matrix("up")),
     *(*_matrix("shared_gate"), *_matrix("shared_up")),
     *("used", "experts", "table"),

@@ -26,7 +26,7 @@ SUM_SIMDGROUPS = 8
 HELPERS = ("words.h", "weights.h", "simd_sums.h", "bits.h", "entries.h", "experts.h")
 EXPERT_HIDDEN = MetalKernel(
     "expert_hidden",
-    inputs=HIDDEN_INPUTS,
+    inputs=("x", "norm", "eps", *HIDDEN_INPUTS),
     outputs=("hidden", "shared_hidden"),
     template=("T", *PACKING, "HIDDEN", "FEATURES", "TOP_K", "ROWS", "ROUTED", "WITH_SHARED"),
     helpers=HELPERS,

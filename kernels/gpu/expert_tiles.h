@@ -1,4 +1,4 @@
-// What an expert computes on matrix units. After bits.h, entries.h and tiles.h.
+// What an expert computes on matrix units. After bits.h, entries.h, normed.h and tiles.h.
 
 // A matrix of T as tile_dots takes it: one pointer of each kind for each of TILES tiles.
 template <int TILES, typename D, typename S>
@@ -43,11 +43,11 @@ HELPER int row_number(uint mask, int n) {
 }
 
 // Features first .. + 16 * SIMDGROUPS / SPLIT - 1 of silu(gate h) * (up h), h = rms_norm(x), by a
-// threadgroup for the rows of a mask -> out T [rows * TOP_K, inner] at the places of the pairs, [rows,
+// threadgroup for the rows of a mask, x as normed rows (normed.h) -> out T [rows * TOP_K, inner] at the places of the pairs, [rows,
 // inner] if TOP_K is 0. A simdgroup has 16 rows of gate and of up, and a share of the inputs in SPLIT.
-// both: gate and up, of which feature 0 is row `base`; shares, lengths: threadgroup memory.
-template <typename T, int BITS, int GROUP, int SPLIT, int SIMDGROUPS, int UNROLL, int TOP_K, typename W, typename X, typename N, typename E, typename O, typename P>
-HELPER void tile_hidden(W both, int base, int in, int inner, int first, X x, N norm, float eps, uint mask, int expert, E experts, O out, P shares, P lengths, int self) {
+// both: gate and up, of which feature 0 is row `base`; shares: threadgroup memory.
+template <typename T, int BITS, int GROUP, int SPLIT, int SIMDGROUPS, int UNROLL, int TOP_K, typename W, typename X, typename E, typename O, typename P>
+HELPER void tile_hidden(W both, int base, int in, int inner, int first, X x, uint mask, int expert, E experts, O out, P shares, int self) {
   const int stride = 36;  // of 32 features: lanes of a tile write to different banks
   const int block = 16 * (SIMDGROUPS / SPLIT);
   uint lane = uint(self % 32);
@@ -64,20 +64,19 @@ HELPER void tile_hidden(W both, int base, int in, int inner, int first, X x, N n
 #pragma unroll 1
   for (uint left = mask; left != 0; left = without_lowest(left, 8)) {
     int count = metal::min(int(metal::popcount(left)), 8);
-    int inputs[1];
+    int inputs[3];
     inputs[0] = row_number(left, own_row);
+    inputs[1] = row_number(left, pair);
+    inputs[2] = row_number(left, pair + 1);
     float sums[8];
-    float squares[4];
-    tile_dots<T, BITS, GROUP, 2, 1, UNROLL, true, true>(both.data, both.scales, both.biases, features, x, inputs, in, norm, from, from + groups, lane, sums, squares);
+    float none[4];
+    tile_dots<T, BITS, GROUP, 2, 1, UNROLL, NORMED, true>(both.data, both.scales, both.biases, features, x, inputs, in, x, from, from + groups, lane, sums, none);
     if (left != mask) {
       threadgroup_barrier(mem_flags::mem_threadgroup);  // the rows before these have been read
     }
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
       shares[(simdgroup * 8 + pair + i % 2) * stride + i / 2 * 8 + own_row] = sums[i];
-    }
-    if (tile_square(lane)) {
-      lengths[simdgroup * 8 + own_row] = own_row % 2 ? squares[1] : squares[0];
     }
     threadgroup_barrier(mem_flags::mem_threadgroup);
     for (int i = self; i < count * block; i += 32 * SIMDGROUPS) {
@@ -86,17 +85,15 @@ HELPER void tile_hidden(W both, int base, int in, int inner, int first, X x, N n
       int start = i % block / 16 * SPLIT;
       float gated = 0.0f;
       float upper = 0.0f;
-      float square = 0.0f;
 #pragma unroll
       for (int p = start; p < start + SPLIT; ++p) {
         gated = gated + shares[(p * 8 + n) * stride + i % 16];
         upper = upper + shares[(p * 8 + n) * stride + 16 + i % 16];
-        square = square + lengths[p * 8 + n];
       }
-      float scale = metal::rsqrt(metal::fma(square, 1.0f / float(in), eps));
-      gated = gated * scale;
       if (feature < inner) {
         int row = row_number(left, n);
+        float scale = normed_factor(x + row * normed_words(in), in);
+        gated = gated * scale;
         int place = TOP_K == 0 ? row : row * TOP_K + rank_of<TOP_K>(experts + row * TOP_K, expert);
         out[place * inner + feature] = T(gated / (1.0f + metal::exp(-gated)) * (upper * scale));
       }
@@ -116,8 +113,8 @@ HELPER void tile_outputs(W down, int base, int inner, X hidden, int count, int s
   int inputs[1];
   inputs[0] = simd_shuffle(source, uint(own_row));
   float sums[4];
-  float squares[4];
-  tile_dots<T, BITS, GROUP, 1, 1, UNROLL, false, true>(down.data, down.scales, down.biases, features, hidden, inputs, inner, hidden, 0, inner / TileStep<BITS, GROUP>::group, lane, sums, squares);
+  float none[4];
+  tile_dots<T, BITS, GROUP, 1, 1, UNROLL, PLAIN, true>(down.data, down.scales, down.biases, features, hidden, inputs, inner, hidden, 0, inner / TileStep<BITS, GROUP>::group, lane, sums, none);
 #pragma unroll
   for (int k = 0; k < 2; ++k) {
     int at = 16 * simd_shuffle(place, uint(pair + k)) + own_row;

@@ -19,6 +19,7 @@ from specdec.kernels.gpu.expert_formats import (
 )
 from specdec.kernels.gpu.kernel import Launch, MetalKernel
 from specdec.kernels.gpu.limits import MAX_ROWS
+from specdec.kernels.gpu.normed import MAX_INPUTS
 from specdec.kernels.gpu.tiles import TILE_FEATURES, TILE_ROWS, groups_of, tiles_for
 
 SPLIT = 4  # shares of the inputs of gate and up, at most
@@ -31,14 +32,14 @@ SUM_WORDS = 16
 GROUPS = 4  # that it does so of, at most: of each it holds scales and biases, too
 MEMORY = 32768  # bytes of a threadgroup
 
-HELPERS = ("words.h", "tiles.h", "bits.h", "entries.h", "expert_tiles.h")
+HELPERS = ("words.h", "normed.h", "tiles.h", "bits.h", "entries.h", "expert_tiles.h")
 EXPERT_HIDDEN_TILES = MetalKernel(
     "expert_hidden_tiles",
-    inputs=HIDDEN_INPUTS,
+    inputs=("normed", *HIDDEN_INPUTS),
     outputs=("hidden", "shared_hidden"),
     template=(
         *("T", *PACKING, "SPLIT", "UNROLL", "SHARED_SPLIT", "SHARED_UNROLL", "SIMDGROUPS"),
-        *("TOP_K", "ROUTED", "WITH_SHARED"),
+        *("HIDDEN", "TOP_K", "ROUTED", "WITH_SHARED"),
     ),
     helpers=HELPERS,
 )
@@ -71,7 +72,7 @@ def _memory(most: int, top_k: int, routed: bool) -> int:
 
 
 def _on_tiles(formats: Formats) -> bool:
-    return all(
+    return _inputs(formats[0]) <= MAX_INPUTS and all(
         shape[-2] % TILE_FEATURES == 0 and tiles_for(floats, bits, group, _inputs(kept))
         for kept in formats
         for shape, bits, group, floats in (kept,)
@@ -103,6 +104,7 @@ def hidden_launch(task: Task) -> Launch:
             "SHARED_SPLIT": splits[1],
             "SHARED_UNROLL": _unroll(shared[0], splits[1], 2, HIDDEN_WORDS) if shared else 1,
             "SIMDGROUPS": HIDDEN_SIMDGROUPS,
+            "HIDDEN": task.hidden,
         },
     )
 

@@ -13,7 +13,10 @@ import mlx.core as mx
 from specdec.kernels.experts import ExpertWeights, SharedExpert
 from specdec.kernels.gpu.expert_formats import arrays_of, formats_of
 from specdec.kernels.gpu.expert_launches import launches
+from specdec.kernels.gpu.expert_tiles import EXPERT_HIDDEN_TILES
+from specdec.kernels.gpu.kernel import Launch
 from specdec.kernels.gpu.limits import Unsupported
+from specdec.kernels.gpu.normed import normed_rows
 from specdec.kernels.gpu.resident import resident
 from specdec.kernels.gpu.tiles import tiles_on
 from specdec.kernels.linear import Piece
@@ -58,8 +61,18 @@ def shared_hidden(x: mx.array, norm: Norm, shared: SharedExpert) -> mx.array:
     assert launch is not None
     gates, ups, _ = arrays_of(shared)
     absent, no_numbers = (x, x, x), (_numbers(),) * 3
-    _, hidden = launch(x, norm.weight, norm.on_device, *absent, *absent, *gates, *ups, *no_numbers)
+    read = _read_of(launch, x, norm, None)
+    _, hidden = launch(*read, *absent, *absent, *gates, *ups, *no_numbers)
     return hidden
+
+
+def _read_of(
+    launch: Launch, x: mx.array, norm: Norm, normed: mx.array | None
+) -> tuple[mx.array, ...]:
+    """What the launch reads of x and its norm, made now where it is normed rows and not there."""
+    if launch.kernel is not EXPERT_HIDDEN_TILES:
+        return x, norm.weight, norm.on_device
+    return (normed_rows(x, norm) if normed is None else normed,)
 
 
 @cache
@@ -126,7 +139,7 @@ def _run(
     hidden, shared_hidden = x, x if alone is None else alone
     if norm is not None and hidden_launch is not None:
         hidden, shared_hidden = hidden_launch(
-            *(x, norm.weight, norm.on_device),
+            *_read_of(hidden_launch, x, norm, routing.normed),
             *gates,
             *ups,
             *shared_gates,

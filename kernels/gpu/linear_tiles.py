@@ -22,7 +22,7 @@ LINEAR_TILES = MetalKernel(
         *("T", "BITS", "GROUP", "TILES", "ROW_TILES"),
         *("SPLIT", "SIMDGROUPS", "UNROLL", "NORM", "RESIDUAL"),
     ),
-    helpers=("words.h", "tiles.h"),
+    helpers=("words.h", "normed.h", "tiles.h"),
 )
 
 

@@ -9,22 +9,25 @@
 // Codes are multiplied as the integers they are, exactly: as bits of the mantissa of OFFSET a code
 // is worth OFFSET + code, of codes of 8 bits each half is one of its own. A group's sum is
 //   scale * (sum (OFFSET + code) x - OFFSET sum x) + bias sum x
-// and `sum x` comes from a product with ones, so that what is subtracted is what was added.
+// and `sum x` comes from a product with ones, as do the sums it is taken from, or is known already.
 // Inf in x gives NaN, and so does a group of which 2176 sum |x| (16 x, of 8 bits) overflows float.
 //
-//   tile_dots<T, BITS, GROUP, TILES, ROW_TILES, UNROLL, NORM, LATE>(
+//   tile_dots<T, BITS, GROUP, TILES, ROW_TILES, UNROLL, X_KIND, LATE>(
 //       data, scales, biases, features, x, rows, in, norm, from, to, lane, sums, squares);
 //
 // data[TILES], scales[TILES], biases[TILES]: the matrix of each tile as in weights.h, BITS 4, 8, or
 // 0 for dense, UNROLL groups' scales from a whole multiple of their size on; features[2 * TILES]:
-// rows of weights, of this lane; x T [.., in]; rows[ROW_TILES]: rows of x, of this lane; norm T [in],
-// multiplied to x if NORM; from .. to: groups of GROUP inputs (of 32 when dense), from a multiple of
+// rows of weights, of this lane; x T [.., in] as it is (PLAIN), or multiplied with norm T [in] (TIMES_NORM),
+// or normed rows (NORMED: normed.h, no norm); rows[ROW_TILES]: rows of x, of this lane, then, if NORMED,
+// those of which it gets sums, 2 * ROW_TILES; from .. to: groups of GROUP inputs (of 32 when dense), from a multiple of
 // UNROLL on, a multiple of UNROLL many. LATE: x is not read before the weights have come: fewer
 // registers, so that more simdgroups wait for weights at once. It and UNROLL change no bits.
 // Set: sums[(tile * ROW_TILES + row tile) * 4 ..]: feature tile_row with both rows, then
-// tile_row + 8; if NORM, squares[row tile * 4 ..]: products of rows of x with each other,
+// tile_row + 8; if TIMES_NORM, squares[row tile * 4 ..]: products of rows of x with each other,
 // tile_row with both, so each row's sum of x^2 is in one lane (tile_square).
 // The bits of a sum depend on its row of x, its weights and from, to alone.
+
+enum XKind { PLAIN, TIMES_NORM, NORMED };
 
 template <typename T>
 HELPER uint both_halves(float value) {
@@ -86,21 +89,23 @@ HELPER bool tile_square(uint lane) {
   return tile_quarter(lane) == tile_row(lane) / 2;
 }
 
-// of ROW_TILES rows of x a lane's share of a step, and of their weights
+// of ROW_TILES rows of x, `stride` apart, a lane's share of a step, and of their weights
 template <int HALVES, int ROW_TILES, bool NORM, typename X, typename R, typename N, typename P>
-HELPER void load_inputs(X x, R rows, int in, N norm, int first, P values, P weights) {
+HELPER void load_inputs(X x, R rows, int stride, N norm, int first, P values, P weights) {
 #pragma unroll
   for (int r = 0; r < ROW_TILES; ++r) {
-    load_words<HALVES>(x + ulong(rows[r]) * uint(in) + first, values + r * HALVES);
+    load_words<HALVES>(x + ulong(rows[r]) * uint(stride) + first * 2 / int(sizeof(*x)), values + r * HALVES);
   }
   if (NORM) {
     load_words<HALVES>(norm + first, weights);
   }
 }
 
-template <typename T, int BITS, int GROUP, int TILES, int ROW_TILES, int UNROLL, bool NORM, bool LATE, typename D, typename S, typename F, typename X, typename R, typename N, typename P, typename Q>
+template <typename T, int BITS, int GROUP, int TILES, int ROW_TILES, int UNROLL, XKind X_KIND, bool LATE, typename D, typename S, typename F, typename X, typename R, typename N, typename P, typename Q>
 HELPER void tile_dots(D data, S scales, S biases, F features, X x, R rows, int in, N norm, int from, int to, uint lane, P sums, Q squares) {
   using Step = TileStep<BITS, GROUP>;
+  const bool NORM = X_KIND == TIMES_NORM;
+  const int stride = X_KIND == NORMED ? normed_words(in) : in;
   const int steps = UNROLL * Step::count;
   const int halves = Step::each / 2;  // words of x in a step
   const int packs = UNROLL > 1 ? UNROLL / 2 : 1;  // words of scales
@@ -145,7 +150,7 @@ HELPER void tile_dots(D data, S scales, S biases, F features, X x, R rows, int i
     if (!LATE) {
 #pragma unroll
       for (int s = 0; s < steps; ++s) {
-        load_inputs<halves, ROW_TILES, NORM>(x, rows, in, norm, (group * Step::count + s) * Step::inputs + quarter * Step::each, values + s * ROW_TILES * halves, weights + (NORM ? s * halves : 0));
+        load_inputs<halves, ROW_TILES, NORM>(x, rows, stride, norm, (group * Step::count + s) * Step::inputs + quarter * Step::each, values + s * ROW_TILES * halves, weights + (NORM ? s * halves : 0));
       }
     }
     simdgroup_barrier(mem_flags::mem_none);  // no load is put off until it is needed
@@ -161,10 +166,22 @@ HELPER void tile_dots(D data, S scales, S biases, F features, X x, R rows, int i
       for (int i = 0; i < ROW_TILES * 4; ++i) {
         totals[i] = 0.0f;
       }
+      if (X_KIND == NORMED && BITS != 0) {
+#pragma unroll
+        for (int i = 0; i < 2 * ROW_TILES; ++i) {
+          auto row = x + ulong(rows[ROW_TILES + i]) * uint(stride);
+          float total = normed_sum(row, in, (group + u) * (Step::group / 32));
+#pragma unroll
+          for (int more = 1; more < Step::group / 32; ++more) {
+            total = total + normed_sum(row, in, (group + u) * (Step::group / 32) + more);
+          }
+          totals[i / 2 * 4 + i % 2] = BITS == 8 ? 17.0f * total : total;  // of x and 16 x
+        }
+      }
 #pragma unroll
       for (int s = u * Step::count; s < (u + 1) * Step::count; ++s) {
         if (LATE) {
-          load_inputs<halves, ROW_TILES, NORM>(x, rows, in, norm, (group * Step::count + s) * Step::inputs + quarter * Step::each, values + s * ROW_TILES * halves, weights + (NORM ? s * halves : 0));
+          load_inputs<halves, ROW_TILES, NORM>(x, rows, stride, norm, (group * Step::count + s) * Step::inputs + quarter * Step::each, values + s * ROW_TILES * halves, weights + (NORM ? s * halves : 0));
         }
 #pragma unroll
         for (int r = 0; r < ROW_TILES; ++r) {
@@ -181,7 +198,7 @@ HELPER void tile_dots(D data, S scales, S biases, F features, X x, R rows, int i
           for (int p = 0; p < Step::pairs; p += 2) {
             uint one = tile_input(input_pair<T, BITS>(own, p), lane);
             uint other = tile_input(input_pair<T, BITS>(own, p + 1), lane);
-            if (BITS != 0) {
+            if (X_KIND != NORMED && BITS != 0) {
               tile_multiply<T>(totals + 4 * r, ones, ones, ones, ones, one, other);
             }
 #pragma unroll

@@ -21,7 +21,7 @@ from specdec.kernels.gated_delta import mix_tree, replay
 from specdec.kernels.gpu.limits import refused
 from specdec.kernels.layout import TreeLayout
 from specdec.kernels.linear import Piece, linear
-from specdec.kernels.routing import route
+from specdec.kernels.routing import Routing, route
 from specdec.units import table
 
 T = mx.bfloat16
@@ -51,12 +51,16 @@ def of_linear(rows: int, out: int, into: int, bits: int, residual: bool) -> Benc
 
 
 def of_route(rows: int, g: Geometry) -> Bench:
-    x = inputs.normal(T, rows, g.num_experts + 1, scale=2)
+    """With what the experts will read of x."""
+    logits = inputs.normal(T, rows, g.num_experts + 1, scale=2)
+    x, norm = inputs.normal(T, rows, g.hidden_size), inputs.norm(T, g.hidden_size)
+    mx.eval(x)
 
-    def call(x: mx.array, i: int) -> mx.array:
-        return route(Piece(x, 0, g.num_experts), g.num_experts_per_tok, True).weights
+    def call(logits: mx.array, i: int) -> mx.array:
+        piece = Piece(logits, 0, g.num_experts)
+        return route(piece, g.num_experts_per_tok, True, x, norm).weights
 
-    return Bench("route", x, call, x.nbytes)
+    return Bench("route", logits, call, logits.nbytes + 2 * x.nbytes)
 
 
 @cache
@@ -67,25 +71,26 @@ def _bank(g: Geometry) -> ExpertWeights:
 
 
 def of_experts(rows: int, g: Geometry) -> Bench:
-    """With the shared expert; the rows' experts are chosen at random."""
+    """With the routing and the shared expert; the rows' experts are chosen at random."""
     sets, norm = 16, inputs.norm(T, g.hidden_size)
     logits = [inputs.normal(T, rows, g.num_experts + 1, scale=2) for _ in range(sets)]
-    routings = [route(Piece(y, 0, g.num_experts), g.num_experts_per_tok, True) for y in logits]
     shared = inputs.shared_expert(T, g)
     table_, bank = mx.arange(g.num_experts, dtype=mx.int32), _bank(g)
     x = inputs.normal(T, rows, g.hidden_size)
-    mx.eval(
-        x, table_, *(a for r in routings for a in (r.experts, r.weights, r.union) if a is not None)
-    )
-    union = statistics.mean([len(np.unique(np.array(r.experts))) for r in routings])
-    each = sum(w.nbytes for w in (bank.gate, bank.up, bank.down)) / g.num_experts
-    own = sum(w.nbytes for w in (shared.gate, shared.up, shared.down))
+    mx.eval(x, table_)
+
+    def routed(x: mx.array, i: int) -> Routing:
+        piece = Piece(logits[i % sets], 0, g.num_experts)
+        return route(piece, g.num_experts_per_tok, True, x, norm)
 
     def call(x: mx.array, i: int) -> mx.array:
         gate = Piece(logits[i % sets], g.num_experts, 1)
-        return feed_forward(x, norm, bank, routings[i % sets], table_, shared, gate)
+        return feed_forward(x, norm, bank, routed(x, i), table_, shared, gate)
 
-    return Bench(f"feed_forward {union:.0f} experts", x, call, union * each + own, sets)
+    union = statistics.mean([len(np.unique(np.array(routed(x, i).experts))) for i in range(sets)])
+    each = sum(w.nbytes for w in (bank.gate, bank.up, bank.down)) / g.num_experts
+    own = sum(w.nbytes for w in (shared.gate, shared.up, shared.down))
+    return Bench(f"route, feed_forward {union:.0f} experts", x, call, union * each + own, sets)
 
 
 def of_attention_inputs(rows: int, g: Geometry) -> Bench:

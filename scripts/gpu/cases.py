@@ -149,16 +149,16 @@ def expert_cases(g: Geometry, op: str, dtype: mx.Dtype, real: bool) -> Iterator[
         table = mx.array(slots)
         waves = [mx.array(np.where(slots % 2 == n, slots, -1).astype(np.int32)) for n in (0, 1)]
 
-        def routed(logits: mx.array) -> tuple[Routing, Piece | None]:
-            found = route(Piece(logits, 0, count), g.num_experts_per_tok, True)
+        def routed(x: mx.array, logits: mx.array) -> tuple[Routing, Piece | None]:
+            found = route(Piece(logits, 0, count), g.num_experts_per_tok, True, x, norm)
             return found, Piece(logits, count, 1) if shared else None
 
         def whole(x: mx.array, logits: mx.array) -> Outputs:
-            found, gate = routed(logits)
+            found, gate = routed(x, logits)
             return [feed_forward(x, norm, bank, found, table, own, gate)]
 
         def apart(x: mx.array, logits: mx.array) -> Outputs:
-            found, gate = routed(logits)
+            found, gate = routed(x, logits)
             chosen = to_numpy(found.experts)
             parts = [
                 experts_apart(x, norm, bank, found, wave)
@@ -169,8 +169,8 @@ def expert_cases(g: Geometry, op: str, dtype: mx.Dtype, real: bool) -> Iterator[
             return [combine(x, sum(parts[1:], parts[0]), found, own, hidden, gate)]
 
         def reference() -> Outputs:
-            found, gate = routed(wide(logits))
             wider = wide(x), wide(norm), wide(bank)
+            found, gate = routed(wide(x), wide(logits))
             return [feed_forward(*wider, found, table, wide(own), gate)]
 
         run, companies = by_rows(whole if op == "feed_forward" else apart, [x, logits], rows)

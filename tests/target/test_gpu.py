@@ -108,8 +108,9 @@ def test_a_tree_is_decoding_its_paths_on_matrix_units(packing, tmp_path, on_matr
         for row in PATH:
             assert step(target, tree.tokens[row]).tobytes() == output[row].tobytes()
         assert state_bytes(target) == after
-    tiled = {"linear_tiles", "expert_hidden_tiles", "expert_sum_tiles"}
+    tiled = {"linear_tiles", "route_normed", "expert_hidden_tiles", "expert_sum_tiles"}
     assert tiled <= set(on_matrix_units)
+    assert "normed_rows" not in on_matrix_units
 
 
 @pytest.mark.parametrize("backend", ["float32", "matrix units"])

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from specdec.kernels.gpu import expert_tiles as gpu
+from specdec.kernels.gpu import normed
 from specdec.kernels.gpu.expert_launches import launches
 from specdec.kernels.gpu.kernel import Launch
 from specdec.kernels.gpu.tiles import use_tiles
@@ -42,6 +43,7 @@ def launched(monkeypatch):
 
     monkeypatch.setattr(Launch, "__init__", record)
     launches.cache_clear()
+    normed._launch.cache_clear()
     return names
 
 
@@ -49,7 +51,8 @@ def rounded(values):
     return exact(mx.array(values.astype(np.float32)).astype(B)).astype(np.float64)
 
 
-EVERY = {"expert_hidden", "expert_sum", "expert_hidden_tiles", "expert_sum_tiles"}
+TILED = {"normed_rows", "expert_hidden_tiles", "expert_sum_tiles"}
+EVERY = {"expert_hidden", "expert_sum", *TILED}
 
 # rows, top_k, layer: groups of all sizes, dense, widths that are no whole threadgroup
 CASES = [
@@ -105,7 +108,7 @@ def test_a_row_has_the_same_bits_in_any_company(packing):
 @pytest.mark.parametrize(
     ("layer", "kernels", "options"),
     [
-        ({}, {"expert_hidden_tiles", "expert_sum_tiles"}, {"sanitize": "races"}),
+        ({}, TILED, {"sanitize": "races"}),
         ({"shared": "none"}, EVERY - {"expert_hidden"}, {"order": "reverse"}),
         ({"shared": (3, 64)}, EVERY, {"order": "reverse"}),  # each of the two in its own way
     ],
@@ -188,7 +191,7 @@ def test_kernels_compile_for_cuda(bits, group, rows, tmp_path):
     pair = launches((rows, 2048), B, B, 8, 8 * rows, bank, shared, (256, B), None, False, True)
     assert pair is not None
     f, i, matrix = mx.float32, mx.int32, [mx.uint32 if bits else B, B, B]
-    inputs = [B, B, f, *4 * matrix, i, i, i], [B, B, B, *2 * matrix, i, i, i, f, B, f]
+    inputs = [mx.uint32, *4 * matrix, i, i, i], [B, B, B, *2 * matrix, i, i, i, f, B, f]
     for launch, dtypes in zip(pair, inputs, strict=True):
         assert launch is not None
         source = tmp_path / f"{launch.kernel.name}.cu"
