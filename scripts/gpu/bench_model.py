@@ -1,22 +1,21 @@
-"""A whole model of real geometry: plain decoding, verify passes, mlx-lm on the same files."""
+"""A whole model of real geometry: plain decoding, verify passes, mlx-lm on the same files.
 
-import io
-import re
+All that is compared takes turns: a host's speed changes by a factor of two within minutes. A ratio
+is the median over the turns of what was measured next to each other.
+"""
+
 import statistics
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-import mlx.core as mx
 import numpy as np
 
-import specdec.target.model as model_module
-import specdec.target.verify_graph as graph_module
 from scripts.gpu.timing import median_ms
 from scripts.gpu.trees import bush
+from scripts.gpu.watch import Watch, summary
 from specdec.budget import Fixed
 from specdec.checkpoint import Checkpoint
 from specdec.choose import greedy
@@ -31,11 +30,14 @@ from specdec.target.model import Target
 from specdec.tree.draft_tree import DraftTree
 from specdec.units import table
 
-# operations that only describe an array anew
-VIEWS = {"Reshape", "Slice", "Transpose", "Broadcast", "Squeeze", "ExpandDims", "AsStrided"}
-VIEWS |= {"View", "Flatten", "Unflatten", "Split", "Contiguous", "StopGradient", "Copy"}
 PROMPT = 128
-TURNS = 8  # of the kinds of verify passes, for each repeat
+TURNS = 4  # for each repeat
+WARM = 2  # turns that compile, and steps and passes of a turn before those that are timed
+PEER_ROWS = (1, 7, 16)
+BARS = ((7, 1.35), (16, 1.8))  # rows of a pass, at most so many steps of decoding
+
+Kind = tuple[int, str]  # rows, and how their tree looks
+PARTS = ("ms", "build_ms", "start_ms", "wait_ms")
 
 
 def load(folder: Path, kernels: bool) -> Engine:
@@ -54,190 +56,155 @@ def load(folder: Path, kernels: bool) -> Engine:
     return Engine(target, None)
 
 
-class Watch:
-    """What a pass does on the host: when it was begun, part by part, and of what it consists."""
-
-    def __init__(self) -> None:
-        self.calls: list[tuple[float, float]] = []  # begin and end of each start or evaluation
-        self.operations: Counter[str] | None = None  # filled while it is a counter
-
-    @contextmanager
-    def on(self) -> Iterator["Watch"]:
-        names, modules = ("start", "evaluate"), (model_module, graph_module)
-        places = [(m, n) for m in modules for n in names if hasattr(m, n)]
-        before = [getattr(module, name) for module, name in places]
-        for (module, name), call in zip(places, before, strict=True):
-            setattr(module, name, self._watched(call))
-        try:
-            yield self
-        finally:
-            for (module, name), call in zip(places, before, strict=True):
-                setattr(module, name, call)
-
-    def _watched(self, call: Callable[..., None]) -> Callable[..., None]:
-        def watched(*arrays: Any) -> None:
-            if self.operations is not None:
-                self.operations += operations(*arrays)
-            begin = perf_counter()
-            call(*arrays)
-            self.calls.append((begin, perf_counter()))
-
-        return watched
-
-
-def operations(*arrays: mx.array) -> Counter[str]:
-    """The operations of the graph that these arrays wait for, by name."""
-    text = io.StringIO()
-    mx.export_to_dot(text, [a for a in arrays if isinstance(a, mx.array)])
-    return Counter(re.findall(r'label ="(\w+)"', text.getvalue()))
-
-
-def summary(found: Counter[str]) -> dict[str, Any]:
-    """Kernels of ours, MLX operations that compute, views."""
-    ours = sum(n for name, n in found.items() if "Custom" in name)
-    views = sum(n for name, n in found.items() if name in VIEWS)
-    rest = {n: c for n, c in found.most_common() if n not in VIEWS and "Custom" not in n}
-    return {"kernels": ours, "mlx_operations": sum(rest.values()), "views": views, "by_name": rest}
-
-
 def tree_of(rows: int, chain: bool, vocabulary: int) -> DraftTree:
     rng = np.random.default_rng(rows)
     parents = np.arange(-1, rows - 1, dtype=np.int32) if chain else bush(rows)
     return DraftTree(rng.integers(0, vocabulary, rows).astype(np.int32), parents, np.zeros(rows))
 
 
-Kind = tuple[int, str]
+class Ours:
+    """Steps of decoding, and passes of each kind behind one of their own kind, as in a session."""
 
+    def __init__(self, engine: Engine, prompt: Sequence[int], rows: Sequence[int]) -> None:
+        self.engine, self.watch = engine, Watch()
+        vocabulary = engine.target.config.vocab_size
+        self.trees: dict[Kind, DraftTree] = {
+            (n, name): tree_of(n, name == "chain", vocabulary)
+            for n in rows
+            for name in (("chain", "tree") if n > 1 else ("chain",))
+        }
+        engine.prefill(prompt)
 
-def verify(engine: Engine, trees: dict[Kind, DraftTree], turns: int) -> dict[Kind, dict[str, Any]]:
-    """ms of verify passes until their tokens are known to the host, the kinds taking turns: in all,
-    beginning what was built, waiting, and the rest, which is building."""
-    spent: dict[Kind, list[tuple[float, ...]]] = {kind: [] for kind in trees}
-    counts: dict[Kind, dict[str, Any]] = {}
-    watch = Watch()
-
-    def once(tree: DraftTree) -> tuple[float, ...]:
-        watch.calls.clear()
+    def decode(self, count: int) -> tuple[float, float, float]:
+        """Milliseconds of a step, of its pass and of its commit."""
+        for _ in range(WARM):
+            self.engine.step(Fixed(1))
         begin = perf_counter()
-        output = engine.target.verify(tree)
+        seconds = [self.engine.step(Fixed(1)).seconds for _ in range(count)]
+        spent = (perf_counter() - begin) / count
+        verify = statistics.median(s.verify for s in seconds)
+        return spent * 1e3, verify * 1e3, statistics.median(s.commit for s in seconds) * 1e3
+
+    def verify(self, kind: Kind) -> tuple[float, ...]:
+        """PARTS of a pass until its tokens are known to the host: all of it, beginning what was
+        built, waiting, and the rest, which is building."""
+        with self.watch.on():
+            for _ in range(WARM):
+                parts = self._once(self.trees[kind])
+        return parts
+
+    def _once(self, tree: DraftTree) -> tuple[float, ...]:
+        self.watch.calls.clear()
+        begin = perf_counter()
+        output = self.engine.target.verify(tree)
         returned = perf_counter()
         greedy(output.logits) if output.verdict is None else output.verdict.best
         end = perf_counter()
-        started = sum(last - first for first, last in watch.calls)
-        return end - begin, returned - begin - started, started, end - returned
+        started = sum(last - first for first, last in self.watch.calls)
+        parts = end - begin, returned - begin - started, started, end - returned
+        return tuple(part * 1e3 for part in parts)
 
-    with watch.on():
-        for turn in range(turns + 2):  # the first two compile
-            for kind, tree in trees.items():
-                once(tree)  # in a session, too, a pass comes after others of its kind
-                parts = once(tree)
-                if turn > 1:
-                    spent[kind].append(parts)
-        for kind, tree in trees.items():
-            watch.operations = Counter()
-            once(tree)
-            counts[kind] = summary(watch.operations)
-    names = ("ms", "build_ms", "start_ms", "wait_ms")
-    return {
-        kind: {
-            **dict(
-                zip(
-                    names,
-                    (statistics.median(p) * 1e3 for p in zip(*found, strict=True)),
-                    strict=True,
-                )
-            ),
-            **counts[kind],
-        }
-        for kind, found in spent.items()
-    }
+    def operations(self, kind: Kind | None) -> dict[str, Any]:
+        """Of a pass, or of a step of decoding."""
+        self.watch.operations = Counter()
+        with self.watch.on():
+            if kind is None:
+                self.engine.step(Fixed(1))
+            else:
+                self._once(self.trees[kind])
+        found, self.watch.operations = self.watch.operations, None
+        return summary(found)
 
+    def round_ms(self, rows: int, accepted: int, repeats: int) -> float:
+        """A verify pass over a chain and the commit of its first rows."""
+        target = self.engine.target
+        tree = tree_of(rows, True, target.config.vocab_size)
 
-def decode(engine: Engine, prompt: Sequence[int], count: int) -> dict[str, Any]:
-    """Plain decoding: tokens per second, and a token's operations."""
-    engine.prefill(prompt)
-    for _ in range(4):
-        engine.step(Fixed(1))
-    begin = perf_counter()
-    seconds = [engine.step(Fixed(1)).seconds for _ in range(count)]
-    spent = perf_counter() - begin
-    watch = Watch()
-    watch.operations = Counter()
-    with watch.on():
-        engine.step(Fixed(1))
-    return {
-        "tokens_per_second": count / spent,
-        "ms": spent / count * 1e3,
-        "verify_ms": statistics.median(s.verify for s in seconds) * 1e3,
-        "commit_ms": statistics.median(s.commit for s in seconds) * 1e3,
-        **summary(watch.operations),
-    }
+        def once() -> None:
+            greedy(target.verify(tree).logits)
+            target.commit(list(range(accepted)))
 
-
-def round_ms(engine: Engine, rows: int, accepted: int, repeats: int) -> float:
-    """A verify pass over a chain and the commit of its first rows."""
-    tree = tree_of(rows, True, engine.target.config.vocab_size)
-
-    def once() -> None:
-        greedy(engine.target.verify(tree).logits)
-        engine.target.commit(list(range(accepted)))
-
-    return median_ms(once, repeats)
-
-
-def peer(
-    folder: Path, prompt: Sequence[int], rows: Sequence[int], count: int, repeats: int
-) -> dict[str, Any]:
-    """mlx-lm on the same files: decoding with its own loop, forwards of several rows."""
-    from mlx_lm.generate import generate_step
-    from mlx_lm.models.cache import make_prompt_cache
-    from mlx_lm.utils import load_model
-
-    model, _ = load_model(folder)
-    mx.eval(model.parameters())
-    times = []
-    for _ in generate_step(mx.array(list(prompt)), model, max_tokens=count + 8):
-        times.append(perf_counter())
-    cache = make_prompt_cache(model)
-    mx.eval(model(mx.array(list(prompt))[None], cache=cache))
-    rng = np.random.default_rng(0)
-    forwards = {}
-    for n in rows:
-        tokens = mx.array(rng.integers(0, 256, (1, n)))
-        forwards[n] = median_ms(lambda t=tokens: mx.eval(model(t, cache=cache)), repeats)  # type: ignore[misc]
-    counts = summary(operations(model(mx.array([[1]]), cache=cache)))
-    return {
-        "tokens_per_second": count / (times[-1] - times[7]),
-        "forward_ms": forwards,
-        "operations": counts,
-    }
+        return median_ms(once, repeats)
 
 
 def run(
     folder: Path, rows: Sequence[int], count: int, repeats: int, kernels: bool, against: bool
 ) -> dict[str, Any]:
-    """Figures of the whole model, the table and the bars."""
+    """Figures of the whole model, the table and the bars. count: tokens decoded in all."""
     engine = load(folder, kernels)
-    vocabulary = engine.target.config.vocab_size
-    prompt = np.random.default_rng(1).integers(0, vocabulary, PROMPT).tolist()
-    figures: dict[str, Any] = {"decode": decode(engine, prompt, count), "verify": {}}
+    prompt = np.random.default_rng(1).integers(0, engine.target.config.vocab_size, PROMPT).tolist()
+    ours = Ours(engine, prompt, rows)
+    turns = TURNS * repeats
+    each = max(4, count // turns)
+    peer = _peer(folder, prompt, (turns + WARM) * (each + WARM) + 1) if against else None
+    found = []
+    for turn in range(WARM + turns):
+        one = _turn(ours, peer, each, rows)
+        if turn >= WARM:
+            found.append(one)
+    figures = _figures(found, ours, peer)
+    figures["round_7_accept_4_ms"] = ours.round_ms(7, 4, repeats)
     figures["backend"] = engine.target.backend.name
-    trees = {
-        (n, name): tree_of(n, name == "chain", vocabulary)
-        for n in rows
-        for name in (("chain", "tree") if n > 1 else ("chain",))
-    }
-    for (n, name), found in verify(engine, trees, TURNS * repeats).items():
-        figures["verify"].setdefault(n, {})[name] = found
-    figures["round_7_accept_4_ms"] = round_ms(engine, 7, 4, repeats)
-    if against:
-        some = [n for n in rows if n in (1, 7, 16)]
-        try:
-            figures["mlx_lm"] = peer(folder, prompt, some, count, repeats)
-        except Exception as error:
-            print(f"mlx-lm: {type(error).__name__}: {error}")
     figures["refused"] = list(refused)
     tell(figures)
+    return figures
+
+
+def _peer(folder: Path, prompt: Sequence[int], most: int) -> Any:
+    try:
+        from scripts.gpu.peer import Peer
+
+        return Peer(folder, prompt, most)
+    except Exception as error:
+        print(f"mlx-lm: {type(error).__name__}: {error}")
+        return None
+
+
+def _turn(ours: Ours, peer: Any, count: int, rows: Sequence[int]) -> dict[str, Any]:
+    """Each measurement once, in milliseconds."""
+    found: dict[str, Any] = {"decode": ours.decode(count)}
+    if peer is not None:
+        found["mlx_lm"] = peer.decode(count) * 1e3
+    found["verify"] = {kind: ours.verify(kind) for kind in ours.trees}
+    if peer is not None:
+        found["forward"] = {n: peer.forward(n) * 1e3 for n in rows if n in PEER_ROWS}
+    return found
+
+
+def _figures(turns: list[dict[str, Any]], ours: Ours, peer: Any) -> dict[str, Any]:
+    """Medians, and ratios that are medians of each turn's ratios."""
+    steps = [turn["decode"][0] for turn in turns]
+    step, verify, commit = (
+        statistics.median(p) for p in zip(*(t["decode"] for t in turns), strict=True)
+    )
+    figures: dict[str, Any] = {
+        "turns": len(turns),
+        "decode": {
+            "tokens_per_second": 1e3 / step,
+            "ms": step,
+            "verify_ms": verify,
+            "commit_ms": commit,
+            **ours.operations(None),
+        },
+        "verify": {},
+    }
+    for kind in ours.trees:
+        passes = [turn["verify"][kind] for turn in turns]
+        parts = (statistics.median(part) for part in zip(*passes, strict=True))
+        figures["verify"].setdefault(kind[0], {})[kind[1]] = {
+            **dict(zip(PARTS, parts, strict=True)),
+            "steps": statistics.median(p[0] / s for p, s in zip(passes, steps, strict=True)),
+            **ours.operations(kind),
+        }
+    if peer is not None:
+        theirs = [turn["mlx_lm"] for turn in turns]
+        forwards = {n: [turn["forward"][n] for turn in turns] for n in turns[0]["forward"]}
+        figures["mlx_lm"] = {
+            "tokens_per_second": 1e3 / statistics.median(theirs),
+            "ratio": statistics.median(t / s for t, s in zip(theirs, steps, strict=True)),
+            "forward_ms": {n: statistics.median(ms) for n, ms in forwards.items()},
+            "operations": peer.operations(),
+        }
     return figures
 
 
@@ -247,7 +214,7 @@ def tell(figures: dict[str, Any]) -> None:
     rows = [("rows", "kind", "ms", "build", "start", "wait", "kernels", "MLX ops", "mlx-lm ms")]
     for n, kinds in figures["verify"].items():
         for name, f in kinds.items():
-            parts = [f"{f[key]:.2f}" for key in ("ms", "build_ms", "start_ms", "wait_ms")]
+            parts = [f"{f[key]:.2f}" for key in PARTS]
             theirs = f"{forwards[n]:.2f}" if n in forwards else "-"
             rows.append((str(n), name, *parts, str(f["kernels"]), str(f["mlx_operations"]), theirs))
     print(table(rows))
@@ -257,20 +224,17 @@ def tell(figures: dict[str, Any]) -> None:
         f"kernels and {plain['mlx_operations']} MLX operations {plain['by_name']}"
     )
     print(f"round of 7 rows, 4 committed: {figures['round_7_accept_4_ms']:.2f} ms")
+    print(f"medians of {figures['turns']} turns")
     if other:
-        counts = other["operations"]
+        counts, ratio = other["operations"], other["ratio"]
         print(f"mlx-lm: {other['tokens_per_second']:.1f} tok/s, {counts['mlx_operations']} ops")
-        ratio = plain["tokens_per_second"] / other["tokens_per_second"]
         print(f"BAR decoding against mlx-lm: {ratio:.2f}, at least 3: {_verdict(ratio >= 3)}")
-    one = figures["verify"].get(1, {}).get("chain", {}).get("ms")
-    for n, most in ((7, 1.35), (16, 1.8)):
+    for n, most in BARS:
         for name, f in figures["verify"].get(n, {}).items():
             # decoding begins its next pass early, so its step is shorter than a pass by itself
-            ratio = f["ms"] / plain["ms"]
-            alone = f"{f['ms'] / one:.2f} of one row's pass, " if one else ""
             print(
-                f"BAR {n} rows, {name}: {alone}{ratio:.2f} of a step of decoding, at most {most}: "
-                f"{_verdict(ratio <= most)}"
+                f"BAR {n} rows, {name}: {f['steps']:.2f} of a step of decoding, at most {most}: "
+                f"{_verdict(f['steps'] <= most)}"
             )
     for words in figures["refused"]:
         print(f"REFUSED {words}")
