@@ -3,8 +3,8 @@
 What decides about bits, whether an expert's formats are taken and into how many shares a sum is
 split, depends on its own formats alone: neither on rows nor on what else the launch computes.
 
-256 experts of 512x2048, top-8 at random, take an H100 8.6 + 7.2, 31 + 19 and 53 + 31 us with 1, 7 and
-16 rows here, and 9.2 + 6.0, 35 + 20 and 72 + 41 without matrix units. Reading no more than the
+256 experts of 512x2048, top-8 at random, take an H100 8.6 + 7.2, 31 + 19 and 53 + 31 us with 1, 7
+and 16 rows here, and 9.2 + 6.0, 35 + 20 and 72 + 41 without matrix units. Reading no more than the
 weights takes it 6.2 + 4.6, 22 + 13 and 41 + 23: what counts where most experts have one row is how
 many instructions a code takes and how many simdgroups fit. So what is made of x alone is made
 once for all experts: normed.py.
