@@ -79,11 +79,13 @@ def experts_apart(
 
 
 @operation("few rows")
-def shared_hidden(x: Array, norm: Norm, shared: SharedExpert) -> Array:
+def shared_hidden(
+    x: Array, norm: Norm, shared: SharedExpert, routing: Routing | None = None
+) -> Array:
     """silu(gate h) * (up h) of the shared expert, h = norm(x): [rows, intermediate].
 
     What `feed_forward` needs none of the routed experts for, the shared expert's last product left
-    out; to be computed while they are read.
+    out; to be computed while they are read. routing: what was routed for x, if it was.
     """
     h = norm(x)
     return swiglu(linear(h, shared.gate), linear(h, shared.up))

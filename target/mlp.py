@@ -99,7 +99,7 @@ class MoE:
             if apart is hidden is None and there.all():
                 return feed_forward(x, self.norm, self.bank, routing, table, self.shared, gate)
             if self.shared is not None and hidden is None:
-                hidden = shared_hidden(x, self.norm, self.shared)
+                hidden = shared_hidden(x, self.norm, self.shared, routing)
                 start(hidden)
             if not there.any():
                 continue

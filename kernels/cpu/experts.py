@@ -68,7 +68,9 @@ def experts_apart(
     return apart.reshape(rows, top_k, -1)
 
 
-def shared_hidden(x: np.ndarray, norm: Norm, shared: SharedExpert) -> np.ndarray:
+def shared_hidden(
+    x: np.ndarray, norm: Norm, shared: SharedExpert, routing: Routing | None = None
+) -> np.ndarray:
     """What stands between the shared expert's matrices: [rows, intermediate]."""
     hidden = np.empty((len(x), shared.gate.out_features), np.float32)
     tables = shared.gate.table, shared.up.table, shared.down.table

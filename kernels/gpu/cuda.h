@@ -35,9 +35,9 @@ template <typename To, typename From> HELPER To as_type(From from) { static_asse
 template <typename T> HELPER T simd_sum(T v) { for (int i = 1; i < 32; i *= 2) v = v + __shfl_xor_sync(0xffffffffu, v, i); return v; }
 template <typename T> HELPER T simd_max(T v) { for (int i = 1; i < 32; i *= 2) { T o = __shfl_xor_sync(0xffffffffu, v, i); v = o > v || v != v ? o : v; } return v; }
 template <typename T> HELPER T simd_min(T v) { for (int i = 1; i < 32; i *= 2) { T o = __shfl_xor_sync(0xffffffffu, v, i); v = o < v || v != v ? o : v; } return v; }
-HELPER int simd_max(int v) { if (__CUDA_ARCH__ < 800) return simd_max<int>(v); asm volatile("redux.sync.max.s32 %0, %1, 0xffffffff;" : "=r"(v) : "r"(v)); return v; }
-HELPER uint simd_max(uint v) { if (__CUDA_ARCH__ < 800) return simd_max<uint>(v); asm volatile("redux.sync.max.u32 %0, %1, 0xffffffff;" : "=r"(v) : "r"(v)); return v; }
-HELPER int simd_min(int v) { if (__CUDA_ARCH__ < 800) return simd_min<int>(v); asm volatile("redux.sync.min.s32 %0, %1, 0xffffffff;" : "=r"(v) : "r"(v)); return v; }
+HELPER int simd_max(int v) { if constexpr (__CUDA_ARCH__ < 800) return simd_max<int>(v); asm volatile("redux.sync.max.s32 %0, %1, 0xffffffff;" : "=r"(v) : "r"(v)); return v; }
+HELPER uint simd_max(uint v) { if constexpr (__CUDA_ARCH__ < 800) return simd_max<uint>(v); asm volatile("redux.sync.max.u32 %0, %1, 0xffffffff;" : "=r"(v) : "r"(v)); return v; }
+HELPER int simd_min(int v) { if constexpr (__CUDA_ARCH__ < 800) return simd_min<int>(v); asm volatile("redux.sync.min.s32 %0, %1, 0xffffffff;" : "=r"(v) : "r"(v)); return v; }
 template <typename T> HELPER T simd_shuffle(T v, uint lane) { return __shfl_sync(0xffffffffu, v, lane); }
 template <typename T> HELPER T simd_broadcast(T v, uint lane) { return __shfl_sync(0xffffffffu, v, lane); }
 template <typename T> HELPER T simd_broadcast_first(T v) { return __shfl_sync(0xffffffffu, v, 0); }

@@ -43,8 +43,9 @@ HELPER int row_number(uint mask, int n) {
 }
 
 // Features first .. + 16 * SIMDGROUPS / SPLIT - 1 of silu(gate h) * (up h), h = rms_norm(x), by a
-// threadgroup for the rows of a mask, x as normed rows (normed.h) -> out T [rows * TOP_K, inner] at the places of the pairs, [rows,
-// inner] if TOP_K is 0. A simdgroup has 16 rows of gate and of up, and a share of the inputs in SPLIT.
+// threadgroup for the rows of a mask, x as normed rows (normed.h) -> out T [rows * TOP_K, inner] at the
+// places of the pairs, [rows, inner] if TOP_K is 0. A simdgroup has 16 rows of gate and of up, and a
+// share of the inputs in SPLIT.
 // both: gate and up, of which feature 0 is row `base`; shares: threadgroup memory.
 template <typename T, int BITS, int GROUP, int SPLIT, int SIMDGROUPS, int UNROLL, int TOP_K, typename W, typename X, typename E, typename O, typename P>
 HELPER void tile_hidden(W both, int base, int in, int inner, int first, X x, uint mask, int expert, E experts, O out, P shares, int self) {
@@ -64,13 +65,14 @@ HELPER void tile_hidden(W both, int base, int in, int inner, int first, X x, uin
 #pragma unroll 1
   for (uint left = mask; left != 0; left = without_lowest(left, 8)) {
     int count = metal::min(int(metal::popcount(left)), 8);
-    int inputs[3];
+    int inputs[1];
     inputs[0] = row_number(left, own_row);
-    inputs[1] = row_number(left, pair);
-    inputs[2] = row_number(left, pair + 1);
+    int summed[2];
+    summed[0] = row_number(left, pair);
+    summed[1] = row_number(left, pair + 1);
     float sums[8];
     float none[4];
-    tile_dots<T, BITS, GROUP, 2, 1, UNROLL, NORMED, true>(both.data, both.scales, both.biases, features, x, inputs, in, x, from, from + groups, lane, sums, none);
+    tile_dots<T, BITS, GROUP, 2, 1, UNROLL, NORMED, true>(both.data, both.scales, both.biases, features, x, inputs, summed, in, x, from, from + groups, lane, sums, none);
     if (left != mask) {
       threadgroup_barrier(mem_flags::mem_threadgroup);  // the rows before these have been read
     }
@@ -114,7 +116,7 @@ HELPER void tile_outputs(W down, int base, int inner, X hidden, int count, int s
   inputs[0] = simd_shuffle(source, uint(own_row));
   float sums[4];
   float none[4];
-  tile_dots<T, BITS, GROUP, 1, 1, UNROLL, PLAIN, true>(down.data, down.scales, down.biases, features, hidden, inputs, inner, hidden, 0, inner / TileStep<BITS, GROUP>::group, lane, sums, none);
+  tile_dots<T, BITS, GROUP, 1, 1, UNROLL, PLAIN, true>(down.data, down.scales, down.biases, features, hidden, inputs, inputs, inner, hidden, 0, inner / TileStep<BITS, GROUP>::group, lane, sums, none);
 #pragma unroll
   for (int k = 0; k < 2; ++k) {
     int at = 16 * simd_shuffle(place, uint(pair + k)) + own_row;

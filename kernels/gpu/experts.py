@@ -16,7 +16,7 @@ from specdec.kernels.gpu.expert_launches import launches
 from specdec.kernels.gpu.expert_tiles import EXPERT_HIDDEN_TILES
 from specdec.kernels.gpu.kernel import Launch
 from specdec.kernels.gpu.limits import Unsupported
-from specdec.kernels.gpu.normed import normed_rows
+from specdec.kernels.gpu.normed import normed_rows, normed_shape
 from specdec.kernels.gpu.resident import resident
 from specdec.kernels.gpu.tiles import tiles_on
 from specdec.kernels.linear import Piece
@@ -37,7 +37,7 @@ def feed_forward(
     y = _run(x, norm, bank, routing, table, shared, shared_gate)
     if y is None:
         apart = experts_apart(x, norm, bank, routing, table)
-        hidden = None if shared is None else shared_hidden(x, norm, shared)
+        hidden = None if shared is None else shared_hidden(x, norm, shared, routing)
         y = combine(x, apart, routing, shared, hidden, shared_gate)
     return y
 
@@ -51,7 +51,9 @@ def experts_apart(
     return apart
 
 
-def shared_hidden(x: mx.array, norm: Norm, shared: SharedExpert) -> mx.array:
+def shared_hidden(
+    x: mx.array, norm: Norm, shared: SharedExpert, routing: Routing | None = None
+) -> mx.array:
     """What stands between the shared expert's matrices: [rows, intermediate], float32, or T on
     matrix units."""
     formats = None, formats_of(shared), None, None
@@ -61,7 +63,7 @@ def shared_hidden(x: mx.array, norm: Norm, shared: SharedExpert) -> mx.array:
     assert launch is not None
     gates, ups, _ = arrays_of(shared)
     absent, no_numbers = (x, x, x), (_numbers(),) * 3
-    read = _read_of(launch, x, norm, None)
+    read = _read_of(launch, x, norm, None if routing is None else routing.normed)
     _, hidden = launch(*read, *absent, *absent, *gates, *ups, *no_numbers)
     return hidden
 
@@ -72,6 +74,7 @@ def _read_of(
     """What the launch reads of x and its norm, made now where it is normed rows and not there."""
     if launch.kernel is not EXPERT_HIDDEN_TILES:
         return x, norm.weight, norm.on_device
+    assert normed is None or normed.shape == normed_shape(*x.shape)
     return (normed_rows(x, norm) if normed is None else normed,)
 
 

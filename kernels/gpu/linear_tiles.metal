@@ -40,7 +40,7 @@ for (int r = 0; r < ROW_TILES; ++r) {
 float sums[TILES * ROW_TILES * 4];
 float squares[ROW_TILES * 4];
 int groups = in / TileStep<BITS, GROUP>::group / SPLIT;
-tile_dots<T, BITS, GROUP, TILES, ROW_TILES, UNROLL, NORM ? TIMES_NORM : PLAIN, false>(matrix, matrix_scales, matrix_biases, features, x, inputs, in, norm, part * groups, part * groups + groups, lane, sums, squares);
+tile_dots<T, BITS, GROUP, TILES, ROW_TILES, UNROLL, NORM ? TIMES_NORM : PLAIN, false>(matrix, matrix_scales, matrix_biases, features, x, inputs, inputs, in, norm, part * groups, part * groups + groups, lane, sums, squares);
 #pragma unroll
 for (int i = 0; i < TILES * ROW_TILES * 4; ++i) {
   int feature = i / (4 * ROW_TILES) * 16 + i % 4 / 2 * 8 + own_row;

@@ -18,8 +18,8 @@ HELPER float normed_factor(P row, int in) {
   return as_type<float>(uint(row[in / 2 + in / 32]));
 }
 
-// Write one, by a threadgroup: x, norm T [in], `in` a multiple of 32 and at most 32768. A simdgroup's turn is
-// 256 inputs, and turns are added up in their order: no bit depends on how many simdgroups there are.
+// Write one, by a threadgroup: x, norm T [in], `in` a multiple of 32 and at most 32768. A simdgroup's
+// turn is 256 inputs, and turns are added up in their order: no bit depends on how many there are.
 // parts: float [128], of threadgroup memory
 template <typename T, typename X, typename N, typename P, typename Q>
 HELPER void norm_row(X x, N norm, float eps, int in, P row, Q parts, int self, int simdgroups) {

@@ -14,7 +14,7 @@ from specdec.kernels.gpu.tiles import tiles_on
 from specdec.kernels.norm import Norm
 
 MAX_INPUTS = 32768
-SIMDGROUPS = 8  # of a threadgroup of normed_rows, one of which takes a row
+SIMDGROUPS = 8  # of a threadgroup, which takes a row
 
 NORMED_ROWS = MetalKernel(
     "normed_rows",

@@ -1,4 +1,5 @@
-// The normed rows (normed.h) of x T [rows, in], a threadgroup for each -> normed uint [rows, normed_words(in)]
+// The normed rows (normed.h) of x T [rows, in], a threadgroup for each -> normed uint
+// [rows, normed_words(in)]
 SHARED(float, parts, 128);
 int row = int(threadgroup_position_in_grid.x);
 int in = x_shape[1];

@@ -1,6 +1,6 @@
 """Routing on a GPU: one launch for all rows and the union of their experts.
 
-Where experts run on matrix units it also makes the normed rows that they read (normed.py).
+Where experts may run on matrix units it also makes the normed rows that they read (normed.py).
 """
 
 from functools import cache
@@ -10,7 +10,7 @@ import mlx.core as mx
 
 from specdec.kernels.gpu.kernel import Launch, MetalKernel
 from specdec.kernels.gpu.limits import MAX_ROWS, Unsupported
-from specdec.kernels.gpu.normed import is_normed, normed_shape
+from specdec.kernels.gpu.normed import SIMDGROUPS, is_normed, normed_shape
 from specdec.kernels.linear import Piece
 from specdec.kernels.norm import Norm
 from specdec.kernels.routing import Routing
@@ -48,6 +48,7 @@ def route(
     routed = values.shape[0], start, width, top_k, normalize
     if x is None or norm is None or not is_normed(x, norm):
         return Routing(*_launch(values.dtype, *routed)(values))
+    assert x.shape[0] == values.shape[0]
     launch = _normed_launch(x.dtype, x.shape[1], *routed)
     return Routing(*launch(values, x, norm.weight, norm.on_device))
 
@@ -75,7 +76,7 @@ def _normed_launch(
     top_k: int,
     normalize: bool,
 ) -> Launch:
-    threads = _threads(rows, experts, top_k)
+    threads = max(_threads(rows, experts, top_k), 32 * SIMDGROUPS)
     shapes, dtypes = _outputs(rows, experts, top_k)
     return ROUTE_NORMED.launch(
         [*shapes, normed_shape(rows, inputs)],

@@ -9,19 +9,21 @@
 // Codes are multiplied as the integers they are, exactly: as bits of the mantissa of OFFSET a code
 // is worth OFFSET + code, of codes of 8 bits each half is one of its own. A group's sum is
 //   scale * (sum (OFFSET + code) x - OFFSET sum x) + bias sum x
-// and `sum x` comes from a product with ones, as do the sums it is taken from, or is known already.
+// and `sum x` comes from a product with ones, so that what is subtracted is what was added; of normed
+// rows it is known.
 // Inf in x gives NaN, and so does a group of which 2176 sum |x| (16 x, of 8 bits) overflows float.
 //
 //   tile_dots<T, BITS, GROUP, TILES, ROW_TILES, UNROLL, X_KIND, LATE>(
-//       data, scales, biases, features, x, rows, in, norm, from, to, lane, sums, squares);
+//       data, scales, biases, features, x, rows, sum_rows, in, norm, from, to, lane, sums, squares);
 //
 // data[TILES], scales[TILES], biases[TILES]: the matrix of each tile as in weights.h, BITS 4, 8, or
 // 0 for dense, UNROLL groups' scales from a whole multiple of their size on; features[2 * TILES]:
-// rows of weights, of this lane; x T [.., in] as it is (PLAIN), or multiplied with norm T [in] (TIMES_NORM),
-// or normed rows (NORMED: normed.h, no norm); rows[ROW_TILES]: rows of x, of this lane, then, if NORMED,
-// those of which it gets sums, 2 * ROW_TILES; from .. to: groups of GROUP inputs (of 32 when dense), from a multiple of
-// UNROLL on, a multiple of UNROLL many. LATE: x is not read before the weights have come: fewer
-// registers, so that more simdgroups wait for weights at once. It and UNROLL change no bits.
+// rows of weights, of this lane; x T [.., in] as it is (PLAIN), or multiplied with norm T [in]
+// (TIMES_NORM), or normed rows (NORMED: normed.h); rows[ROW_TILES]: rows of x, of this lane;
+// sum_rows[2 * ROW_TILES], if NORMED: those of which it gets sums; from .. to: groups of GROUP inputs
+// (of 32 when dense), from a multiple of UNROLL on, a multiple of UNROLL many. LATE: x is not read
+// before the weights have come: fewer registers, so that more simdgroups wait for weights at once. It
+// and UNROLL change no bits.
 // Set: sums[(tile * ROW_TILES + row tile) * 4 ..]: feature tile_row with both rows, then
 // tile_row + 8; if TIMES_NORM, squares[row tile * 4 ..]: products of rows of x with each other,
 // tile_row with both, so each row's sum of x^2 is in one lane (tile_square).
@@ -101,8 +103,8 @@ HELPER void load_inputs(X x, R rows, int stride, N norm, int first, P values, P 
   }
 }
 
-template <typename T, int BITS, int GROUP, int TILES, int ROW_TILES, int UNROLL, XKind X_KIND, bool LATE, typename D, typename S, typename F, typename X, typename R, typename N, typename P, typename Q>
-HELPER void tile_dots(D data, S scales, S biases, F features, X x, R rows, int in, N norm, int from, int to, uint lane, P sums, Q squares) {
+template <typename T, int BITS, int GROUP, int TILES, int ROW_TILES, int UNROLL, XKind X_KIND, bool LATE, typename D, typename S, typename F, typename X, typename R, typename M, typename N, typename P, typename Q>
+HELPER void tile_dots(D data, S scales, S biases, F features, X x, R rows, M sum_rows, int in, N norm, int from, int to, uint lane, P sums, Q squares) {
   using Step = TileStep<BITS, GROUP>;
   const bool NORM = X_KIND == TIMES_NORM;
   const int stride = X_KIND == NORMED ? normed_words(in) : in;
@@ -169,13 +171,13 @@ HELPER void tile_dots(D data, S scales, S biases, F features, X x, R rows, int i
       if (X_KIND == NORMED && BITS != 0) {
 #pragma unroll
         for (int i = 0; i < 2 * ROW_TILES; ++i) {
-          auto row = x + ulong(rows[ROW_TILES + i]) * uint(stride);
+          auto row = x + ulong(sum_rows[i]) * uint(stride);
           float total = normed_sum(row, in, (group + u) * (Step::group / 32));
 #pragma unroll
           for (int more = 1; more < Step::group / 32; ++more) {
             total = total + normed_sum(row, in, (group + u) * (Step::group / 32) + more);
           }
-          totals[i / 2 * 4 + i % 2] = BITS == 8 ? 17.0f * total : total;  // of x and 16 x
+          totals[i / 2 * 4 + i % 2] = total;
         }
       }
 #pragma unroll
@@ -219,8 +221,11 @@ HELPER void tile_dots(D data, S scales, S biases, F features, X x, R rows, int i
           float total = totals[i / 4 % ROW_TILES * 4 + i % 2];
           float factor = scale_of<T>(factors + f * packs, u);
           float offset = scale_of<T>(offsets + f * packs, u);
-          sums[i] = metal::fma(factor, metal::fma(-128.0f, total, parts[i]), sums[i]);
-          sums[i] = metal::fma(BITS == 8 ? offset / 17.0f : offset, total, sums[i]);  // of x and 16 x
+          // of 8 bits x is multiplied twice, once as 16 x, and products with ones are of both
+          float added = BITS == 8 && X_KIND == NORMED ? 17.0f * total : total;
+          float once = BITS == 8 && X_KIND != NORMED ? offset / 17.0f : offset;
+          sums[i] = metal::fma(factor, metal::fma(-128.0f, added, parts[i]), sums[i]);
+          sums[i] = metal::fma(once, total, sums[i]);
         }
       }
     }

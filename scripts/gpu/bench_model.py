@@ -6,7 +6,7 @@ is the median over the turns of what was measured next to each other.
 
 import statistics
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -137,13 +137,18 @@ def run(
     ours = Ours(engine, prompt, rows)
     turns = TURNS * repeats
     each = max(4, count // turns)
-    peer = _peer(folder, prompt, (turns + WARM) * (each + WARM) + 1) if against else None
+    peer = _Guarded(folder, prompt, (turns + WARM) * each) if against else None
     found = []
     for turn in range(WARM + turns):
-        one = _turn(ours, peer, each, rows)
+        one: dict[str, Any] = {"decode": ours.decode(each)}
+        one["verify"] = {kind: ours.verify(kind) for kind in ours.trees}
+        if peer is not None:
+            one |= peer.turn(each, [n for n in rows if n in PEER_ROWS])
         if turn >= WARM:
             found.append(one)
-    figures = _figures(found, ours, peer)
+    figures = _figures(found, ours)
+    if peer is not None:
+        figures |= peer.figures(found)
     figures["round_7_accept_4_ms"] = ours.round_ms(7, 4, repeats)
     figures["backend"] = engine.target.backend.name
     figures["refused"] = list(refused)
@@ -151,28 +156,51 @@ def run(
     return figures
 
 
-def _peer(folder: Path, prompt: Sequence[int], most: int) -> Any:
-    try:
+class _Guarded:
+    """mlx-lm, whose errors are told and cost no figure of ours."""
+
+    def __init__(self, folder: Path, prompt: Sequence[int], count: int) -> None:
+        self._peer: Any = None
+        self._peer = self._or_none(lambda: self._made(folder, prompt, count))
+
+    @staticmethod
+    def _made(folder: Path, prompt: Sequence[int], count: int) -> Any:
         from scripts.gpu.peer import Peer
 
-        return Peer(folder, prompt, most)
-    except Exception as error:
-        print(f"mlx-lm: {type(error).__name__}: {error}")
-        return None
+        return Peer(folder, prompt, count)
+
+    def _or_none(self, call: Callable[[], Any]) -> Any:
+        try:
+            return call()
+        except Exception as error:
+            print(f"mlx-lm: {type(error).__name__}: {error}")
+            self._peer = None
+            return None
+
+    def turn(self, count: int, rows: Sequence[int]) -> dict[str, Any]:
+        """Milliseconds of a token, and of forwards; nothing after an error."""
+        peer = self._peer
+        if peer is None:
+            return {}
+        return self._or_none(lambda: peer.turn(count, rows)) or {}
+
+    def figures(self, turns: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """Medians, and the ratio of decoding."""
+        both, peer = [turn for turn in turns if "mlx_lm" in turn], self._peer
+        if not both or peer is None:
+            return {}
+        forwards = {n: [turn["forward"][n] for turn in both] for n in both[0]["forward"]}
+        return {
+            "mlx_lm": {
+                "tokens_per_second": 1e3 / statistics.median(t["mlx_lm"] for t in both),
+                "ratio": statistics.median(t["mlx_lm"] / t["decode"][0] for t in both),
+                "forward_ms": {n: statistics.median(ms) for n, ms in forwards.items()},
+                "operations": self._or_none(peer.operations),
+            }
+        }
 
 
-def _turn(ours: Ours, peer: Any, count: int, rows: Sequence[int]) -> dict[str, Any]:
-    """Each measurement once, in milliseconds."""
-    found: dict[str, Any] = {"decode": ours.decode(count)}
-    if peer is not None:
-        found["mlx_lm"] = peer.decode(count) * 1e3
-    found["verify"] = {kind: ours.verify(kind) for kind in ours.trees}
-    if peer is not None:
-        found["forward"] = {n: peer.forward(n) * 1e3 for n in rows if n in PEER_ROWS}
-    return found
-
-
-def _figures(turns: list[dict[str, Any]], ours: Ours, peer: Any) -> dict[str, Any]:
+def _figures(turns: list[dict[str, Any]], ours: Ours) -> dict[str, Any]:
     """Medians, and ratios that are medians of each turn's ratios."""
     steps = [turn["decode"][0] for turn in turns]
     step, verify, commit = (
@@ -197,15 +225,6 @@ def _figures(turns: list[dict[str, Any]], ours: Ours, peer: Any) -> dict[str, An
             "steps": statistics.median(p[0] / s for p, s in zip(passes, steps, strict=True)),
             **ours.operations(kind),
         }
-    if peer is not None:
-        theirs = [turn["mlx_lm"] for turn in turns]
-        forwards = {n: [turn["forward"][n] for turn in turns] for n in turns[0]["forward"]}
-        figures["mlx_lm"] = {
-            "tokens_per_second": 1e3 / statistics.median(theirs),
-            "ratio": statistics.median(t / s for t, s in zip(theirs, steps, strict=True)),
-            "forward_ms": {n: statistics.median(ms) for n, ms in forwards.items()},
-            "operations": peer.operations(),
-        }
     return figures
 
 
@@ -227,8 +246,9 @@ def tell(figures: dict[str, Any]) -> None:
     print(f"round of 7 rows, 4 committed: {figures['round_7_accept_4_ms']:.2f} ms")
     print(f"medians of {figures['turns']} turns")
     if other:
-        counts, ratio = other["operations"], other["ratio"]
-        print(f"mlx-lm: {other['tokens_per_second']:.1f} tok/s, {counts['mlx_operations']} ops")
+        counts, ratio = other["operations"] or {}, other["ratio"]
+        asked = counts.get("mlx_operations", "-")
+        print(f"mlx-lm: {other['tokens_per_second']:.1f} tok/s, {asked} ops")
         print(f"BAR decoding against mlx-lm: {ratio:.2f}, at least 3: {_verdict(ratio >= 3)}")
     for n, most in BARS:
         for name, f in figures["verify"].get(n, {}).items():

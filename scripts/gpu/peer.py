@@ -14,21 +14,28 @@ from mlx_lm.utils import load_model
 
 from scripts.gpu.watch import operations, summary
 
-WARM = 2  # tokens of a turn that are not timed: its loop computes one ahead
+WARM = 2  # tokens of a turn that are not timed, as its loop computes one ahead; forwards of a size
 
 
 class Peer:
     """Decoding by mlx-lm's own loop, and forwards of several rows behind the same prompt."""
 
-    def __init__(self, folder: Path, prompt: Sequence[int], most: int) -> None:
-        """most: tokens to be decoded, in all."""
+    def __init__(self, folder: Path, prompt: Sequence[int], count: int) -> None:
+        """count: tokens to be timed, in all."""
         self._model, _ = load_model(folder)
         mx.eval(self._model.parameters())
-        self._tokens = generate_step(mx.array(list(prompt)), self._model, max_tokens=most)
+        self._tokens = generate_step(
+            mx.array(list(prompt)), self._model, max_tokens=1 + (1 + WARM) * count
+        )
         next(self._tokens)
         self._cache = make_prompt_cache(self._model)
         mx.eval(self._model(mx.array(list(prompt))[None], cache=self._cache))
         self._rng = np.random.default_rng(0)
+
+    def turn(self, count: int, rows: Sequence[int]) -> dict[str, Any]:
+        """Milliseconds of a token, "mlx_lm", and of forwards by rows, "forward"."""
+        token = self.decode(count) * 1e3
+        return {"mlx_lm": token, "forward": {n: self.forward(n) * 1e3 for n in rows}}
 
     def decode(self, count: int) -> float:
         """Seconds a token; it decodes WARM tokens more."""
@@ -36,12 +43,14 @@ class Peer:
         return (times[-1] - times[WARM - 1]) / count
 
     def forward(self, rows: int) -> float:
-        """Seconds of a forward of so many rows, until its logits are there."""
-        tokens = mx.array(self._rng.integers(0, 256, (1, rows)))
-        mx.eval(tokens)
-        begin = perf_counter()
-        mx.eval(self._model(tokens, cache=self._cache))
-        return perf_counter() - begin
+        """Seconds of a forward of so many rows behind another such, until its logits are there."""
+        for _ in range(WARM):
+            tokens = mx.array(self._rng.integers(0, 256, (1, rows)))
+            mx.eval(tokens)
+            begin = perf_counter()
+            mx.eval(self._model(tokens, cache=self._cache))
+            spent = perf_counter() - begin
+        return spent
 
     def operations(self) -> dict[str, Any]:
         """Of a forward of one row."""
