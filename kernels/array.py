@@ -17,6 +17,7 @@ import numpy as np
 
 from specdec.checkpoint import Checkpoint
 from specdec.errors import SpecdecError
+from specdec.kernels.gpu.kept import wait
 from specdec.kernels.gpu.limits import refused
 from specdec.kernels.gpu.resident import moved
 from specdec.kernels.gpu.tiles import tiles_on
@@ -165,11 +166,13 @@ def contiguous(x: Array) -> Array:
 
 def evaluate(*arrays: Array) -> None:
     """Wait for MLX arrays; NumPy arrays are there already."""
+    wait()
     mx.eval([array for array in arrays if not is_numpy(array)])
 
 
 def start(*arrays: Array) -> None:
     """Let MLX begin to compute these; NumPy arrays are there already."""
+    wait()
     mx.async_eval([array for array in arrays if not is_numpy(array)])
 
 

@@ -18,7 +18,7 @@ from uuid import uuid4
 def included(text: str) -> str:
     """What stands for the text in a kernel: the include of a file, or the text where no file can
     be written."""
-    folder = _folder()
+    folder = cache_folder()
     if folder is None:
         return text
     data = text.encode()
@@ -37,7 +37,7 @@ def included(text: str) -> str:
 
 
 @cache
-def _folder() -> Path | None:
+def cache_folder() -> Path | None:
     """Beside what MLX compiled, which lives as long; None where there can be none."""
     told = os.environ.get("MLX_PTX_CACHE_DIR")
     folder = Path(told or Path(tempfile.gettempdir()) / "mlx" / version("mlx") / "ptx").absolute()

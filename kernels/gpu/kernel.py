@@ -16,6 +16,8 @@ from typing import Any, TypeAlias
 import mlx.core as mx
 
 from specdec.kernels.gpu.included import included
+from specdec.kernels.gpu.jit_text import jit_text
+from specdec.kernels.gpu.kept import keep
 from specdec.kernels.gpu.vocabulary import definitions, without_comments
 
 Template: TypeAlias = Mapping[str, int | bool | mx.Dtype]
@@ -112,23 +114,23 @@ class MetalKernel:
 
     def on_cuda(self) -> Any:
         """What MLX calls on NVIDIA GPUs; MLX makes it only where there is one."""
-        # MLX looks for these words to know what the body asks for
-        asked = [f"{i}_{of}" for i in self.inputs for of in ("shape", "strides", "ndim")]
-        asked = [word for word in asked if word in self.body]
-        header, body = self.included()
+        header, source = self.included()
         return mx.fast.cuda_kernel(
             name=self.name,
             input_names=self.inputs,
             output_names=self.outputs,
-            source=f"{body}// {' '.join(asked)}\n",
+            source=source,
             header=header,
         )
 
     def included(self) -> tuple[str, str]:
-        """What stands for header and body on CUDA. MLX may compile at the first launch of any kind:
-        then the files are to be there, also where old files of the folder are swept away."""
+        """Header and source for MLX on CUDA. It may compile at the first launch of any kind: then
+        the files are to be there, also where old files of the folder are swept away."""
         header, body = self._on_cuda
-        return included(header), included(body)
+        # MLX looks for these words to know what the body asks for
+        asked = [f"{i}_{of}" for i in self.inputs for of in ("shape", "strides", "ndim")]
+        asked = [word for word in asked if word in self.body]
+        return included(header), f"{included(body)}// {' '.join(asked)}\n"
 
     @cached_property
     def _on_cuda(self) -> tuple[str, str]:
@@ -157,13 +159,21 @@ class Launch:
 
     def __call__(self, *inputs: mx.array) -> list[mx.array]:
         """The outputs, lazily; inputs in the kernel's order."""
+        if "_options" not in self.__dict__ and mx.cuda.is_available():
+            self._keep(inputs)
         found: list[mx.array] = self.kernel.on_gpu(inputs=inputs, **self._options)
         return found
 
+    def _keep(self, inputs: Sequence[mx.array]) -> None:
+        """Before the first call: what MLX compiles at the first launch, compiled for good."""
+        kernel = self.kernel
+        header, source = kernel.included()
+        given = [(n, x.dtype, x.ndim) for n, x in zip(kernel.inputs, inputs, strict=True)]
+        made = list(zip(kernel.outputs, self.output_dtypes, strict=True))
+        keep(jit_text(kernel.name, header, source, given, made, self.template))
+
     @cached_property
     def _options(self) -> dict[str, Any]:
-        if mx.cuda.is_available():
-            self.kernel.included()
         return {
             "output_shapes": list(self.output_shapes),
             "output_dtypes": list(self.output_dtypes),

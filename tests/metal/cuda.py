@@ -10,22 +10,8 @@ from collections.abc import Sequence
 
 import mlx.core as mx
 
+from specdec.kernels.gpu.jit_text import TYPES
 from specdec.kernels.gpu.kernel import MetalKernel, Template
-
-TYPES = {
-    mx.bool_: "bool",
-    mx.int8: "int8_t",
-    mx.int16: "int16_t",
-    mx.int32: "int32_t",
-    mx.int64: "int64_t",
-    mx.uint8: "uint8_t",
-    mx.uint16: "uint16_t",
-    mx.uint32: "uint32_t",
-    mx.uint64: "uint64_t",
-    mx.float16: "__half",
-    mx.bfloat16: "__nv_bfloat16",
-    mx.float32: "float",
-}
 
 HEADERS = """#include <cuda/std/array>
 #include <cuda/std/limits>

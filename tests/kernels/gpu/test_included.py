@@ -22,10 +22,10 @@ NVCC = shutil.which("nvcc")
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     monkeypatch.setenv("MLX_PTX_CACHE_DIR", str(tmp_path / "ptx"))
-    module._folder.cache_clear()
+    module.cache_folder.cache_clear()
     module._say.cache_clear()
     yield tmp_path / "ptx"
-    module._folder.cache_clear()
+    module.cache_folder.cache_clear()
 
 
 def file_of(include: str) -> Path:
