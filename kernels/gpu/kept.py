@@ -32,7 +32,7 @@ def keep(text: JitText) -> None:
     folder = cache_folder()
     if version("mlx") not in KNOWN or folder is None or len(text.module) > LONGEST:
         return
-    if text.module in _pending or (folder / f"{text.module}.ptx").is_file():
+    if text.module in _pending or _is_kept(folder, text):
         return
     _say(f"compiling CUDA kernels; they are kept in {folder}")
     _pending[text.module] = _workers().submit(_compile, folder, text)
@@ -44,11 +44,26 @@ def wait() -> None:
         _pending.popitem()[1].result()
 
 
+def _is_kept(folder: Path, text: JitText) -> bool:
+    """For this GPU: another one may have been in the machine, or share the folder."""
+    try:
+        names = (folder / f"{text.module}.txt").read_text(errors="replace")
+        return (folder / f"{text.module}.ptx").is_file() and _made_for() in names.splitlines()
+    except OSError:
+        return False
+
+
+def _made_for() -> str:
+    """A line that MLX, which looks for tabs, passes over."""
+    return "compute capability {}.{}".format(*_capability())
+
+
 def _compile(folder: Path, text: JitText) -> None:
     try:
         symbol, code = compiled(text.text, text.kernel, HEADERS, _capability())
         # MLX looks for the code first
-        _put(folder / f"{text.module}.txt", f"{text.kernel}\t{symbol}\n".encode())
+        names = f"{text.kernel}\t{symbol}\n{_made_for()}\n"
+        _put(folder / f"{text.module}.txt", names.encode())
         _put(folder / f"{text.module}.ptx", code)
     except Exception as why:  # whatever it is: MLX can do without
         _say(f"CUDA kernels are compiled by every process anew: {why}")

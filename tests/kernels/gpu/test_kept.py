@@ -112,9 +112,18 @@ def test_what_is_compiled_lies_where_mlx_looks(folder, asked, capsys):
         kept.wait()
     assert asked == [(TEXT, text.kernel, (9, 0))]
     assert (folder / f"{text.module}.ptx").read_bytes() == b"\x7fELF code"
-    assert (folder / f"{text.module}.txt").read_text() == f"{text.kernel}\t_Zsymbol\n"
+    names = f"{text.kernel}\t_Zsymbol\ncompute capability 9.0\n"
+    assert (folder / f"{text.module}.txt").read_text() == names
     assert len(list(folder.iterdir())) == 2
     assert capsys.readouterr().err == f"compiling CUDA kernels; they are kept in {folder}\n"
+
+
+def test_what_was_compiled_for_another_gpu_is_compiled_again(folder, asked, monkeypatch):
+    for capability in ((9, 0), (8, 6), (8, 6)):
+        monkeypatch.setattr(kept, "_capability", lambda made=capability: made)
+        kept.keep(twice())
+        kept.wait()
+    assert [capability for _, _, capability in asked] == [(9, 0), (8, 6)]
 
 
 @pytest.mark.parametrize("begin", [evaluate, start])
