@@ -11,7 +11,7 @@ import mlx.core as mx
 import numpy as np
 
 from specdec.errors import NonFiniteError
-from specdec.kernels.array import Array, OnCpu, is_numpy
+from specdec.kernels.array import Array, OnCpu, evaluate, is_numpy, to_numpy
 from specdec.kernels.executor import uses_gpu_kernels
 from specdec.kernels.top_tokens import top_tokens
 from specdec.tree.block import Block
@@ -35,14 +35,14 @@ def top_candidates(logits: Array, width: int) -> Block:
         _check(log_totals)
         return Block(tokens, np.minimum(log_probs - log_totals, 0.0))
     if uses_gpu_kernels():
-        return as_block(np.array(top_tokens(logits, width)))
+        return as_block(to_numpy(top_tokens(logits, width)))
     logits = logits.astype(mx.float32)
     whole = vocab // _RUN * _RUN
     tops = [logits[:, :whole].reshape(slots, -1, _RUN).max(axis=-1)]
     if whole < vocab:
         tops.append(logits[:, whole:].max(axis=-1, keepdims=True))
     top, totals = mx.concatenate(tops, axis=-1), mx.logsumexp(logits, axis=-1, keepdims=True)
-    mx.eval(logits, top, totals)
+    evaluate(logits, top, totals)
     host = np.array(logits, copy=False)  # shares the memory
     maxima, log_totals = np.array(top), np.array(totals, dtype=np.float64)
     _check(log_totals)

@@ -26,7 +26,7 @@ from specdec.draft.config import DraftConfig
 from specdec.draft.graph import Asked, DraftGraph, Walk
 from specdec.draft.weights import DraftWeights, LayerWeights
 from specdec.errors import NonFiniteError
-from specdec.kernels.array import Array, Backend, finite_rows, is_numpy, start
+from specdec.kernels.array import Array, Backend, finite_rows, is_numpy, start, to_numpy
 from specdec.kernels.attention_inputs import AttentionShape, attention_inputs
 from specdec.kernels.block_attention import block_attention
 from specdec.kernels.gpu.limits import MAX_ROWS
@@ -191,7 +191,7 @@ class Draft:
         """
         try:
             if self.compiled:
-                return as_block(np.array(self.answer(bonus, width, slots)))
+                return as_block(to_numpy(self.answer(bonus, width, slots)))
             return top_candidates(self._logits(self._forward(bonus)[:slots]), width)
         except NonFiniteError:
             self.probe(bonus)

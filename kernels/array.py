@@ -150,6 +150,7 @@ def to_numpy(x: Array) -> np.ndarray:
     """The values on the host, evaluated; bfloat16 becomes float32."""
     if isinstance(x, np.ndarray):
         return x
+    wait()
     return np.array(x.astype(mx.float32) if x.dtype == mx.bfloat16 else x)
 
 

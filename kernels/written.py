@@ -9,7 +9,7 @@ from functools import cache
 
 import mlx.core as mx
 
-from specdec.kernels.array import Array
+from specdec.kernels.array import Array, evaluate
 
 
 class Written:
@@ -32,7 +32,7 @@ class Written:
     def settle(self) -> None:
         """Wait until all is written."""
         if self._last is not None:
-            mx.eval(self._last)
+            evaluate(self._last)
             self._last = None
 
 

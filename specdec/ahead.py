@@ -14,7 +14,7 @@ from specdec.choose import Greedy
 from specdec.draft.graph import Asked, Walk
 from specdec.draft.model import Draft
 from specdec.errors import NonFiniteError
-from specdec.kernels.array import Array
+from specdec.kernels.array import Array, to_numpy
 from specdec.kernels.tapped import Taps
 from specdec.kernels.walked import CAME
 from specdec.target.grown_tree import GrownTree
@@ -79,7 +79,7 @@ class Ahead:
         found, came = self._past
         tree = self._target.look_past(found, limit, came)
         self._next = None if tree is None else (found, tree)
-        numbers, end = np.array(came), CAME + 2 * grown.rows
+        numbers, end = to_numpy(came), CAME + 2 * grown.rows
         output.verdict.known(numbers[CAME:end])
         grown.known(numbers[end:])
         try:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import mlx.core as mx
 import numpy as np
 
-from specdec.kernels.array import Array, is_numpy
+from specdec.kernels.array import Array, is_numpy, to_numpy
 from specdec.target.pending import Verdict
 from specdec.tree.block import Block
 from specdec.tree.build import build
@@ -21,7 +21,7 @@ def greedy(logits: Array) -> np.ndarray:
     """logits [rows, vocab] -> int [rows]: the most probable token, the lowest id among equals."""
     if is_numpy(logits):
         return logits.argmax(axis=-1)
-    return np.array(mx.argmax(logits, axis=-1))
+    return to_numpy(mx.argmax(logits, axis=-1))
 
 
 class Greedy:

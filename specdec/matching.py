@@ -7,7 +7,7 @@ import numpy as np
 
 from specdec.choose import Greedy
 from specdec.distribution import Distribution
-from specdec.kernels.array import Array, is_numpy
+from specdec.kernels.array import Array, evaluate, is_numpy
 from specdec.processors import distribution, penalized
 from specdec.sampling import Sampling
 from specdec.seen import Seen
@@ -70,5 +70,5 @@ def host_rows(logits: Array) -> np.ndarray:
     if is_numpy(logits):
         return logits
     logits = logits.astype(mx.float32)
-    mx.eval(logits)
+    evaluate(logits)
     return np.array(logits, copy=False)

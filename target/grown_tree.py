@@ -6,6 +6,7 @@ from functools import cached_property
 import numpy as np
 
 from specdec.errors import NonFiniteError
+from specdec.kernels.array import to_numpy
 from specdec.kernels.gpu.grown import NO_CHANCE, Grown
 from specdec.tree.draft_tree import DraftTree
 
@@ -22,7 +23,7 @@ class GrownTree:
 
     @cached_property
     def _numbers(self) -> np.ndarray:
-        return np.array(self.made.tree)
+        return to_numpy(self.made.tree)
 
     def known(self, numbers: np.ndarray) -> None:
         """What was read back with other things, so as not to be read again."""

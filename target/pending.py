@@ -24,7 +24,7 @@ class Verdict:
 
     @cached_property
     def _host(self) -> np.ndarray:
-        return np.array(self.rows)
+        return to_numpy(self.rows)
 
     def known(self, rows: np.ndarray) -> None:
         """What was read back with other things, so as not to be read again."""

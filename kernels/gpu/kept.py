@@ -7,12 +7,14 @@ compiler from the same text (jit_text.py), several at a time, and left where MLX
 cannot be, and in versions of MLX that are not known, MLX compiles as it did.
 """
 
+import hashlib
 import os
 import sys
-from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
+from threading import Lock, Semaphore, Thread
 from uuid import uuid4
 
 import mlx.core as mx
@@ -24,72 +26,118 @@ from specdec.kernels.gpu.nvrtc import compiled
 WORKERS = 4  # each takes some 100 MB while it compiles
 LONGEST = 240  # letters of a file's name, before its ending
 
-_pending: dict[str, Future[None]] = {}
+
+class _Work:
+    """What this process asked for: names of modules, and threads that still compile some.
+
+    The threads are daemons: nobody waits for them when the interpreter ends.
+    """
+
+    def __init__(self) -> None:
+        self.asked: set[str] = set()
+        self.threads: list[Thread] = []
+        self.free = Semaphore(min(WORKERS, os.cpu_count() or 1))
+        self.said: set[str] = set()
+        self.lock = Lock()
+        self.failed = False
+
+    def say(self, kind: str, words: str) -> None:
+        """Once of each kind."""
+        with self.lock:
+            new = kind not in self.said
+            self.said.add(kind)
+        if new:
+            with suppress(OSError, ValueError):  # a closed stderr
+                print(words, file=sys.stderr, flush=True)
+
+    def fail(self, why: Exception) -> None:
+        """MLX can do without: from now on it does."""
+        self.failed = True
+        reason = (str(why).splitlines() or [type(why).__name__])[0]
+        self.say("failed", f"CUDA kernels are compiled by every process anew: {reason}")
+
+
+_work = _Work()
+
+
+def _forget() -> None:
+    """In a child process, where the threads are not."""
+    global _work
+    _work = _Work()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget)
 
 
 def keep(text: JitText) -> None:
     """Have the text lie compiled where MLX looks for it, by the time of `wait`."""
+    work = _work
+    if work.failed or text.module in work.asked:
+        return
+    work.asked.add(text.module)
     folder = cache_folder()
-    if version("mlx") not in KNOWN or folder is None or len(text.module) > LONGEST:
+    if folder is None or version("mlx") not in KNOWN or len(text.module) > LONGEST:
         return
-    if text.module in _pending or _is_kept(folder, text):
+    if _is_kept(folder, text):
         return
-    _say(f"compiling CUDA kernels; they are kept in {folder}")
-    _pending[text.module] = _workers().submit(_compile, folder, text)
+    work.say("compiling", f"compiling CUDA kernels; they are kept in {folder}")
+    thread = Thread(target=_compile, args=(work, folder, text), name="nvrtc", daemon=True)
+    work.threads.append(thread)
+    thread.start()
 
 
 def wait() -> None:
     """Until all that was to be compiled is; to be called before MLX is to compute something."""
-    while _pending:
-        _pending.popitem()[1].result()
+    threads = _work.threads
+    while threads:
+        threads[-1].join()
+        with suppress(IndexError):  # two may wait
+            threads.pop()
+
+
+@cache
+def made_for() -> str:
+    """What compiled code depends on beside the text; part of it, so that MLX tells them apart."""
+    info = mx.device_info(mx.Device(mx.gpu, 0))
+    major, minor = (info.get(f"compute_capability_{part}", 0) for part in ("major", "minor"))
+    headers = hashlib.sha256("".join(HEADERS.values()).encode()).hexdigest()[:8]
+    return f"sm_{major}{minor} {headers}"
 
 
 def _is_kept(folder: Path, text: JitText) -> bool:
-    """For this GPU: another one may have been in the machine, or share the folder."""
+    """As a whole: after a loss of power a file may be empty."""
     try:
-        names = (folder / f"{text.module}.txt").read_text(errors="replace")
-        return (folder / f"{text.module}.ptx").is_file() and _made_for() in names.splitlines()
+        size = (folder / f"{text.module}.ptx").stat().st_size
+        return _of_size(size) in (folder / f"{text.module}.txt").read_text("utf8", "replace")
     except OSError:
         return False
 
 
-def _made_for() -> str:
+def _of_size(size: int) -> str:
     """A line that MLX, which looks for tabs, passes over."""
-    return "compute capability {}.{}".format(*_capability())
+    return f"\n{size} bytes\n"
 
 
-def _compile(folder: Path, text: JitText) -> None:
-    try:
-        symbol, code = compiled(text.text, text.kernel, HEADERS, _capability())
-        # MLX looks for the code first
-        names = f"{text.kernel}\t{symbol}\n{_made_for()}\n"
-        _put(folder / f"{text.module}.txt", names.encode())
-        _put(folder / f"{text.module}.ptx", code)
-    except Exception as why:  # whatever it is: MLX can do without
-        _say(f"CUDA kernels are compiled by every process anew: {why}")
+def _compile(work: _Work, folder: Path, text: JitText) -> None:
+    with work.free:
+        if work.failed:
+            return
+        try:
+            symbol, code = compiled(text.text, text.kernel, HEADERS, made_for().split()[0])
+            # MLX looks for the code first
+            names = f"{text.kernel}\t{symbol}{_of_size(len(code))}"
+            _put(folder / f"{text.module}.txt", names.encode())
+            _put(folder / f"{text.module}.ptx", code)
+        except Exception as why:  # whatever it is
+            work.fail(why)
 
 
 def _put(file: Path, data: bytes) -> None:
     """As a whole or not at all."""
-    part = file.with_suffix(f".{uuid4().hex}")
+    part = file.with_name(f"{uuid4().hex}.part")
     try:
         part.write_bytes(data)
         os.replace(part, file)
     finally:
         part.unlink(missing_ok=True)
-
-
-@cache
-def _capability() -> tuple[int, int]:
-    info = mx.device_info(mx.Device(mx.gpu, 0))
-    return int(info["compute_capability_major"]), int(info["compute_capability_minor"])
-
-
-@cache
-def _workers() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(min(WORKERS, os.cpu_count() or 1), "nvrtc")
-
-
-@cache
-def _say(words: str) -> None:
-    print(words, file=sys.stderr, flush=True)

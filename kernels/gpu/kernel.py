@@ -7,6 +7,7 @@ would run different threads; machines without a GPU.
 """
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from importlib.resources import files
@@ -17,7 +18,7 @@ import mlx.core as mx
 
 from specdec.kernels.gpu.included import included
 from specdec.kernels.gpu.jit_text import jit_text
-from specdec.kernels.gpu.kept import keep
+from specdec.kernels.gpu.kept import keep, made_for
 from specdec.kernels.gpu.vocabulary import definitions, without_comments
 
 Template: TypeAlias = Mapping[str, int | bool | mx.Dtype]
@@ -130,7 +131,7 @@ class MetalKernel:
         # MLX looks for these words to know what the body asks for
         asked = [f"{i}_{of}" for i in self.inputs for of in ("shape", "strides", "ndim")]
         asked = [word for word in asked if word in self.body]
-        return included(header), f"{included(body)}// {' '.join(asked)}\n"
+        return included(header), f"{included(body)}// {' '.join(asked)}\n// {made_for()}\n"
 
     @cached_property
     def _on_cuda(self) -> tuple[str, str]:
@@ -170,7 +171,8 @@ class Launch:
         header, source = kernel.included()
         given = [(n, x.dtype, x.ndim) for n, x in zip(kernel.inputs, inputs, strict=True)]
         made = list(zip(kernel.outputs, self.output_dtypes, strict=True))
-        keep(jit_text(kernel.name, header, source, given, made, self.template))
+        with suppress(KeyError, OSError, AttributeError):  # MLX can do without, whatever is missing
+            keep(jit_text(kernel.name, header, source, given, made, self.template))
 
     @cached_property
     def _options(self) -> dict[str, Any]:

@@ -18,12 +18,13 @@ class CompileError(Exception):
 
 
 def compiled(
-    text: str, expression: str, headers: Mapping[str, str], capability: tuple[int, int]
+    text: str, expression: str, headers: Mapping[str, str], architecture: str
 ) -> tuple[str, bytes]:
     """The symbol of the kernel that a C++ expression names, and machine code with it.
 
     headers: what includes of these names give; other includes are looked for in CUDA's toolkit.
-    capability: of the GPU it is for. CompileError where there is no compiler, or it refuses.
+    architecture: of the GPU it is for, "sm_90". CompileError where there is no compiler, or it
+    refuses.
     """
     library, program = _library(), ctypes.c_void_p()
     names, bodies = (_texts(side) for side in (headers.keys(), headers.values()))
@@ -32,8 +33,7 @@ def compiled(
     _check(library, library.nvrtcCreateProgram(*what))
     try:
         _check(library, library.nvrtcAddNameExpression(program, wanted))
-        options = ["--gpu-architecture=sm_{}{}".format(*capability)]
-        options.append(f"--include-path={_toolkit()}")
+        options = [f"--gpu-architecture={architecture}", f"--include-path={_toolkit()}"]
         status = library.nvrtcCompileProgram(program, len(options), _texts(options))
         if status:
             raise CompileError(_log(library, program))

@@ -2,14 +2,16 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 from importlib.metadata import version
 from threading import Event
+from time import sleep
 
 import mlx.core as mx
 import pytest
 
-from specdec.kernels.array import evaluate, start
-from specdec.kernels.gpu import included, jit_text, kept, nvrtc
+from specdec.kernels.array import evaluate, start, to_numpy
+from specdec.kernels.gpu import included, jit_text, kept, kernel, nvrtc
 from specdec.kernels.gpu.jit_text import HEADERS, JitText
 from specdec.kernels.gpu.kernel import Template
 from specdec.kernels.gpu.nvrtc import CompileError, compiled
@@ -60,14 +62,19 @@ def twice():
 def folder(tmp_path, monkeypatch):
     """Where MLX would look."""
     monkeypatch.setenv("MLX_PTX_CACHE_DIR", str(tmp_path / "ptx"))
-    for each in (included.cache_folder, kept._say):
-        each.cache_clear()
+    included.cache_folder.cache_clear()
     monkeypatch.setattr(kept, "KNOWN", (version("mlx"),))
-    monkeypatch.setattr(kept, "_capability", lambda: (9, 0))
+    monkeypatch.setattr(kept, "made_for", lambda: "sm_90 headers")
+    monkeypatch.setattr(kept, "_work", kept._Work())
     yield tmp_path / "ptx"
     kept.wait()
-    for each in (included.cache_folder, kept._say):
-        each.cache_clear()
+    included.cache_folder.cache_clear()
+
+
+@pytest.fixture
+def anew(monkeypatch):
+    """Begin as another process does."""
+    return lambda: monkeypatch.setattr(kept, "_work", kept._Work())
 
 
 @pytest.fixture
@@ -75,8 +82,8 @@ def asked(monkeypatch):
     """What is compiled, by nobody."""
     texts = []
 
-    def compile_nothing(text, expression, headers, capability):
-        texts.append((text, expression, capability))
+    def compile_nothing(text, expression, headers, architecture):
+        texts.append((text, expression, architecture))
         return "_Zsymbol", b"\x7fELF code"
 
     monkeypatch.setattr(kept, "compiled", compile_nothing)
@@ -105,28 +112,61 @@ def test_its_name_has_the_hash_of_the_standard_library(tmp_path):
         assert JitText("name", text).module == f"name_{int(number):x}"
 
 
-def test_what_is_compiled_lies_where_mlx_looks(folder, asked, capsys):
+def test_what_is_compiled_lies_where_mlx_looks(folder, asked, anew, capsys):
     text = twice()
-    for _ in range(3):
-        kept.keep(text)
-        kept.wait()
-    assert asked == [(TEXT, text.kernel, (9, 0))]
+    for _ in range(2):
+        for _ in range(2):
+            kept.keep(text)
+            kept.wait()
+        anew()
+    assert asked == [(TEXT, text.kernel, "sm_90")]
     assert (folder / f"{text.module}.ptx").read_bytes() == b"\x7fELF code"
-    names = f"{text.kernel}\t_Zsymbol\ncompute capability 9.0\n"
+    names = f"{text.kernel}\t_Zsymbol\n9 bytes\n"
     assert (folder / f"{text.module}.txt").read_text() == names
     assert len(list(folder.iterdir())) == 2
     assert capsys.readouterr().err == f"compiling CUDA kernels; they are kept in {folder}\n"
 
 
-def test_what_was_compiled_for_another_gpu_is_compiled_again(folder, asked, monkeypatch):
-    for capability in ((9, 0), (8, 6), (8, 6)):
-        monkeypatch.setattr(kept, "_capability", lambda made=capability: made)
-        kept.keep(twice())
-        kept.wait()
-    assert [capability for _, _, capability in asked] == [(9, 0), (8, 6)]
+def test_a_file_of_another_size_is_made_again(folder, asked, anew):
+    text = twice()
+    kept.keep(text)
+    kept.wait()
+    (folder / f"{text.module}.ptx").write_bytes(b"")
+    anew()
+    kept.keep(text)
+    kept.wait()
+    assert len(asked) == 2
+    assert (folder / f"{text.module}.ptx").read_bytes() == b"\x7fELF code"
 
 
-@pytest.mark.parametrize("begin", [evaluate, start])
+def test_the_text_tells_gpus_apart(monkeypatch):
+    """Or MLX would load what was made for another one."""
+    for name in ("sm_86 headers", "sm_90 headers"):
+        monkeypatch.setattr(kernel, "made_for", lambda name=name: name)
+        assert ROUTE.included()[1].endswith(f"// logits_shape\n// {name}\n")
+
+
+def test_as_many_as_there_are_workers_at_once(folder, monkeypatch):
+    running, most = 0, []
+
+    def count(*_):
+        nonlocal running
+        running += 1
+        most.append(running)
+        sleep(0.02)
+        running -= 1
+        return "_Zsymbol", b"code"
+
+    monkeypatch.setattr(kept, "compiled", count)
+    for number in range(12):
+        kept.keep(JitText(f"name{number}", TEXT))
+    kept.wait()
+    assert len(most) == 12
+    assert max(most) <= kept.WORKERS
+    assert len(list(folder.iterdir())) == 24
+
+
+@pytest.mark.parametrize("begin", [evaluate, start, to_numpy])
 def test_nothing_is_computed_before_all_is_compiled(begin, folder, monkeypatch):
     ready, text = Event(), twice()
 
@@ -142,26 +182,39 @@ def test_nothing_is_computed_before_all_is_compiled(begin, folder, monkeypatch):
     assert (folder / f"{text.module}.ptx").exists()
 
 
-@pytest.mark.parametrize("why", [CompileError("no libnvrtc.so.13"), OSError("full"), KeyError(1)])
+@pytest.mark.parametrize(
+    "why", [CompileError("kernel.cu(1): error\nmore"), OSError("full"), KeyError(1)]
+)
 def test_an_error_is_told_once_and_left_to_mlx(why, folder, monkeypatch, capsys):
+    tried = []
+
     def fail(*_):
+        tried.append(1)
         raise why
 
     monkeypatch.setattr(kept, "compiled", fail)
-    for _ in range(2):
-        kept.keep(twice())
+    for number in range(3):
+        kept.keep(JitText(f"name{number}", TEXT))
         kept.wait()
     assert list(folder.iterdir()) == []
-    said = capsys.readouterr().err
-    assert said.count(f"CUDA kernels are compiled by every process anew: {why}") == 1
+    said = capsys.readouterr().err.splitlines()[1:]
+    reason = str(why).splitlines()[0]
+    assert said == [f"CUDA kernels are compiled by every process anew: {reason}"]
+    assert len(tried) == 1
 
 
 def test_versions_that_are_not_known_and_long_names_are_left_to_mlx(folder, asked, monkeypatch):
-    kept.keep(JitText("long" * 60, TEXT))
+    longest = JitText("l" * (kept.LONGEST - 17), TEXT)
+    kept.keep(JitText(f"l{longest.name}", TEXT))
+    kept.wait()
+    assert asked == []
+    kept.keep(longest)
+    kept.wait()
+    assert (folder / f"{longest.module}.ptx").is_file()
     monkeypatch.setattr(kept, "KNOWN", ("0.1",))
     kept.keep(twice())
     kept.wait()
-    assert asked == []
+    assert len(asked) == 1
 
 
 def test_without_a_folder_nothing_is_kept(folder, asked):
@@ -182,9 +235,9 @@ def test_a_launch_s_first_call_asks_for_what_mlx_compiles(folder, asked, monkeyp
     monkeypatch.setattr(mx.metal, "is_available", lambda: False)
     monkeypatch.setattr(mx.cuda, "is_available", lambda: True)
     monkeypatch.setattr(mx.fast, "cuda_kernel", cuda_kernel)
-    monkeypatch.delitem(ROUTE.__dict__, "on_gpu", raising=False)
+    monkeypatch.setattr(kernel, "made_for", lambda: "sm_90 headers")
     template: Template = {"T": mx.float32, "EXPERTS": 8, "TOP_K": 2, "START": 0, "NORMALIZE": True}
-    launch = ROUTE.launch(
+    launch = replace(ROUTE).launch(
         [(1, 2), (1, 2), (2, 2)],
         [mx.int32, mx.float32, mx.int32],
         grid=(256, 1, 1),
@@ -194,12 +247,11 @@ def test_a_launch_s_first_call_asks_for_what_mlx_compiles(folder, asked, monkeyp
     for _ in range(2):
         launch(mx.zeros((1, 8)))
     kept.wait()
-    monkeypatch.delitem(ROUTE.__dict__, "on_gpu")
     ((text, expression, _),) = asked
     assert expression == "mlx::core::cu::custom_kernel_route_float_8_2_0_t"
     assert given["header"] in text
     assert given["source"] in text
-    assert "// logits_shape\n" in given["source"]
+    assert given["source"].endswith("// logits_shape\n// sm_90 headers\n")
     parameters = text[text.index("(\n") : text.index(") {\n")]
     assert parameters == (
         "(\n    const float* logits,\n    const __grid_constant__ Shape logits_shape,\n"
@@ -219,12 +271,12 @@ def _nvrtc():
 @pytest.mark.skipif(not _nvrtc(), reason="needs CUDA's run-time compiler and its headers")
 def test_the_compiler():
     text = twice()
-    symbol, code = compiled(text.text, text.kernel, HEADERS, (9, 0))
+    symbol, code = compiled(text.text, text.kernel, HEADERS, "sm_90")
     assert code[:4] == b"\x7fELF"
     assert symbol.encode() in code
     assert "custom_kernel_twice" in symbol
     with pytest.raises(CompileError, match="TWICE"):
-        compiled(text.text.replace("#define", "//"), text.kernel, HEADERS, (9, 0))
+        compiled(text.text.replace("#define", "//"), text.kernel, HEADERS, "sm_90")
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="libraries are named so on Linux")
