@@ -34,10 +34,18 @@ _NAMES |= {mx.int32: "int32_t", mx.uint32: "uint32_t"}
 _SHAPES = {"shape": "Shape", "strides": "Strides", "ndim": "int"}
 _SEED = 0xC70F6907  # of std::hash
 
+SHAPE_TYPES = """template <typename T>
+struct Ten {
+  T values[10];
+  __device__ T operator[](unsigned i) const { return values[i]; }
+};
+using Shape = Ten<int32_t>;
+using Strides = Ten<int64_t>;
+"""
 # What the text includes, in a few lines: MLX's own header and those of the toolkit that it includes
-# take longer to read than a kernel to compile. A shape is passed as ten integers.
+# take longer to read than a kernel to compile.
 HEADERS = {
-    "mlx/backend/cuda/device/utils.cuh": """#pragma once
+    "mlx/backend/cuda/device/utils.cuh": f"""#pragma once
 using int8_t = signed char;
 using int16_t = short;
 using int32_t = int;
@@ -48,15 +56,8 @@ using uint32_t = unsigned int;
 using uint64_t = unsigned long;
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
-namespace mlx::core::cu {
-template <typename T>
-struct Ten {
-  T values[10];
-  __device__ T operator[](unsigned i) const { return values[i]; }
-};
-using Shape = Ten<int32_t>;
-using Strides = Ten<int64_t>;
-}
+namespace mlx::core::cu {{
+{SHAPE_TYPES}}}
 """,
     "cooperative_groups.h": "#pragma once\nnamespace cooperative_groups {}\n",
 }

@@ -6,13 +6,14 @@ is the median over the turns of what was measured next to each other.
 
 import statistics
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
 import numpy as np
 
+from scripts.gpu.peer import GuardedPeer
 from scripts.gpu.timing import median_ms
 from scripts.gpu.trees import bush
 from scripts.gpu.watch import Watch, summary
@@ -137,7 +138,7 @@ def run(
     ours = Ours(engine, prompt, rows)
     turns = TURNS * repeats
     each = max(4, count // turns)
-    peer = _Guarded(folder, prompt, (turns + WARM) * each) if against else None
+    peer = GuardedPeer(folder, prompt, (turns + WARM) * each) if against else None
     found = []
     for turn in range(WARM + turns):
         one: dict[str, Any] = {"decode": ours.decode(each)}
@@ -154,50 +155,6 @@ def run(
     figures["refused"] = list(refused)
     tell(figures)
     return figures
-
-
-class _Guarded:
-    """mlx-lm, whose errors are told and cost no figure of ours."""
-
-    def __init__(self, folder: Path, prompt: Sequence[int], count: int) -> None:
-        self._peer: Any = None
-        self._peer = self._or_none(lambda: self._made(folder, prompt, count))
-
-    @staticmethod
-    def _made(folder: Path, prompt: Sequence[int], count: int) -> Any:
-        from scripts.gpu.peer import Peer
-
-        return Peer(folder, prompt, count)
-
-    def _or_none(self, call: Callable[[], Any]) -> Any:
-        try:
-            return call()
-        except Exception as error:
-            print(f"mlx-lm: {type(error).__name__}: {error}")
-            self._peer = None
-            return None
-
-    def turn(self, count: int, rows: Sequence[int]) -> dict[str, Any]:
-        """Milliseconds of a token, and of forwards; nothing after an error."""
-        peer = self._peer
-        if peer is None:
-            return {}
-        return self._or_none(lambda: peer.turn(count, rows)) or {}
-
-    def figures(self, turns: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        """Medians, and the ratio of decoding."""
-        both, peer = [turn for turn in turns if "mlx_lm" in turn], self._peer
-        if not both or peer is None:
-            return {}
-        forwards = {n: [turn["forward"][n] for turn in both] for n in both[0]["forward"]}
-        return {
-            "mlx_lm": {
-                "tokens_per_second": 1e3 / statistics.median(t["mlx_lm"] for t in both),
-                "ratio": statistics.median(t["mlx_lm"] / t["decode"][0] for t in both),
-                "forward_ms": {n: statistics.median(ms) for n, ms in forwards.items()},
-                "operations": self._or_none(peer.operations),
-            }
-        }
 
 
 def _figures(turns: list[dict[str, Any]], ours: Ours) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import mlx.core as mx
 
-from specdec.kernels.gpu.jit_text import TYPES
+from specdec.kernels.gpu.jit_text import SHAPE_TYPES, TYPES
 from specdec.kernels.gpu.kernel import MetalKernel, Template
 
 HEADERS = """#include <cuda/std/array>
@@ -23,15 +23,7 @@ PRELUDE = """#include <cstdint>
 #include <cuda_fp16.h>
 #define inf __int_as_float(0x7f800000)
 """
-OPENING = """namespace mlx::core::cu {
-template <typename T>
-struct Ten {
-  T values[10];
-  __device__ T operator[](unsigned i) const { return values[i]; }
-};
-using Shape = Ten<int32_t>;
-using Strides = Ten<int64_t>;
-"""
+OPENING = f"namespace mlx::core::cu {{\n{SHAPE_TYPES}"
 
 
 def cuda_source(
