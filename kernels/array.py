@@ -8,6 +8,7 @@ nothing is moved later.
 import importlib
 import importlib.util
 import os
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -17,7 +18,6 @@ import numpy as np
 
 from specdec.checkpoint import Checkpoint
 from specdec.errors import SpecdecError
-from specdec.kernels.gpu.kept import wait
 from specdec.kernels.gpu.limits import refused
 from specdec.kernels.gpu.resident import moved
 from specdec.kernels.gpu.tiles import tiles_on
@@ -150,7 +150,7 @@ def to_numpy(x: Array) -> np.ndarray:
     """The values on the host, evaluated; bfloat16 becomes float32."""
     if isinstance(x, np.ndarray):
         return x
-    wait()
+    _wait_for_compiler()
     return np.array(x.astype(mx.float32) if x.dtype == mx.bfloat16 else x)
 
 
@@ -167,14 +167,21 @@ def contiguous(x: Array) -> Array:
 
 def evaluate(*arrays: Array) -> None:
     """Wait for MLX arrays; NumPy arrays are there already."""
-    wait()
+    _wait_for_compiler()
     mx.eval([array for array in arrays if not is_numpy(array)])
 
 
 def start(*arrays: Array) -> None:
     """Let MLX begin to compute these; NumPy arrays are there already."""
-    wait()
+    _wait_for_compiler()
     mx.async_eval([array for array in arrays if not is_numpy(array)])
+
+
+def _wait_for_compiler() -> None:
+    """Until all kernels are there that are about to run; no kernel, nothing to wait for."""
+    kept = sys.modules.get("specdec.kernels.gpu.kept")
+    if kept is not None:
+        kept.wait()
 
 
 def finite_rows(x: Array) -> Array:
