@@ -47,7 +47,7 @@ class Walk(NamedTuple):
         return isinstance(self.tree, mx.array)
 
 
-class Asked(NamedTuple):
+class Drafted(NamedTuple):
     """found: int32 [slots, 2 * width + 3], as kernels.top_tokens; came: of the round that was
     walked, int32 [CAME], as kernels.walked."""
 
@@ -99,7 +99,7 @@ class DraftGraph:
         width: int,
         slots: int,
         walk: Walk | None = None,
-    ) -> Asked:
+    ) -> Drafted:
         """Begin a pass after `length` known tokens and the told rows, a block's at most.
 
         With a walk, the rows told are its path, of the taps' parts, and the bonus token is the one
@@ -156,7 +156,7 @@ class DraftGraph:
             if done is not None:
                 cache.written.by(done)
         start(found, *rows)
-        return Asked(found, *came)
+        return Drafted(found, *came)
 
     def _body(
         self, width: int, slots: int, reached: Sequence[int], given: dict[str, Any]

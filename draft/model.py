@@ -23,7 +23,7 @@ from specdec.checkpoint import Checkpoint
 from specdec.draft.cache import ContextCache
 from specdec.draft.candidates import as_block, top_candidates
 from specdec.draft.config import DraftConfig
-from specdec.draft.graph import Asked, DraftGraph, Walk
+from specdec.draft.graph import Drafted, DraftGraph, Walk
 from specdec.draft.weights import DraftWeights, LayerWeights
 from specdec.errors import NonFiniteError
 from specdec.kernels.array import Array, Backend, finite_rows, is_numpy, start, to_numpy
@@ -45,7 +45,7 @@ class Begun:
 
     told: Taps | None
     asked: tuple[int, int, int | None]
-    answer: Asked
+    answer: Drafted
 
     @property
     def walked(self) -> bool:
@@ -157,7 +157,7 @@ class Draft:
         self._begun = None
         self._begun = self._begin(taps, bonus, width, slots)
 
-    def look_past(self, tapped: Sequence[Array], walk: Walk, width: int, slots: int) -> Asked:
+    def look_past(self, tapped: Sequence[Array], walk: Walk, width: int, slots: int) -> Drafted:
         """`look_ahead` for the taps of the walk's path and its bonus token, before the host knows
         either: tapped, of all rows of the tree. What will be `answer`, and what came of the walk.
         """

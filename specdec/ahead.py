@@ -11,7 +11,7 @@ import numpy as np
 
 from specdec.budget import Budget, Fixed
 from specdec.choose import Greedy
-from specdec.draft.graph import Asked, Walk
+from specdec.draft.graph import Drafted, Walk
 from specdec.draft.model import Draft
 from specdec.errors import NonFiniteError
 from specdec.kernels.array import Array, to_numpy
@@ -32,7 +32,7 @@ class Ahead:
     def __init__(self, target: Target, draft: Draft | None, chooser: Greedy) -> None:
         """draft: None where the prompt is decoded without one."""
         self._target, self._draft, self._chooser = target, draft, chooser
-        self._past: Asked | None = None  # what is drafted after the round at hand
+        self._past: Drafted | None = None  # what is drafted after the round at hand
         self._next: tuple[Array, GrownTree] | None = None  # the same, and the tree grown of it
 
     def can_grow(self, budget: Budget, limit: int, kind: str) -> bool:

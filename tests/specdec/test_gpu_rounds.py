@@ -11,7 +11,7 @@ from specdec.budget import Fixed
 from specdec.checkpoint import Checkpoint
 from specdec.choose import Greedy
 from specdec.draft.config import DraftConfig
-from specdec.draft.graph import Asked, DraftGraph
+from specdec.draft.graph import Drafted, DraftGraph
 from specdec.draft.model import Draft
 from specdec.engine import Engine
 from specdec.errors import NonFiniteError
@@ -75,7 +75,7 @@ def knowing(answer: list[int], monkeypatch) -> None:
             tokens = found[slot, :width]
             others = tokens[tokens != token][: width - 1]
             found[slot, :width] = np.insert(others, int((at + slot) % 3 == 0), token)
-        return Asked(mx.array(found), asked.came)
+        return Drafted(mx.array(found), asked.came)
 
     monkeypatch.setattr(DraftGraph, "begin", known)
 
