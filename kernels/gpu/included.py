@@ -26,14 +26,22 @@ def included(text: str) -> str:
     try:
         if not (file.is_file() and file.read_bytes() == data):
             folder.mkdir(parents=True, exist_ok=True)
-            # not by the process's number: containers that share the folder have the same
-            part = file.with_suffix(f".{uuid4().hex}")
-            part.write_bytes(data)
-            os.replace(part, file)
+            put(file, data)
     except OSError as why:
         _say(folder, why.strerror)
         return text
     return f'#include "{file}"\n'
+
+
+def put(file: Path, data: bytes) -> None:
+    """As a whole or not at all."""
+    # not by the process's number: containers that share the folder have the same
+    part = file.with_name(f"{uuid4().hex}.part")
+    try:
+        part.write_bytes(data)
+        os.replace(part, file)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 @cache

@@ -98,7 +98,7 @@ def jit_text(
             if dimensions and f"{each}_{suffix}" in source:
                 parameters.append(f"    const __grid_constant__ {kind} {each}_{suffix}")
     parameters += [f"    {TYPES[dtype]}* {each}" for each, dtype in outputs]
-    constants = "".join(_constant(*argument) for argument in template)
+    constants = "".join(constant(*argument) for argument in template)
     whole = f"custom_kernel_{name}" + "".join(f"_{_short(value)}" for _, value in template)
     return JitText(
         whole,
@@ -109,7 +109,8 @@ def jit_text(
     )
 
 
-def _constant(name: str, value: int | bool | mx.Dtype) -> str:
+def constant(name: str, value: int | bool | mx.Dtype) -> str:
+    """A template argument in a kernel's text."""
     if isinstance(value, mx.Dtype):
         return f"  using {name} = {TYPES[value]};\n"
     kind = "bool" if isinstance(value, bool) else "int"

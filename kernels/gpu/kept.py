@@ -15,11 +15,10 @@ from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from threading import Lock, Semaphore, Thread
-from uuid import uuid4
 
 import mlx.core as mx
 
-from specdec.kernels.gpu.included import cache_folder
+from specdec.kernels.gpu.included import cache_folder, put
 from specdec.kernels.gpu.jit_text import HEADERS, KNOWN, JitText
 from specdec.kernels.gpu.nvrtc import compiled
 
@@ -77,7 +76,7 @@ def keep(text: JitText) -> None:
         return
     work.asked.add(text.module)
     folder = cache_folder()
-    if folder is None or version("mlx") not in KNOWN or len(text.module) > LONGEST:
+    if folder is None or _version() not in KNOWN or len(text.module) > LONGEST:
         return
     if _is_kept(folder, text):
         return
@@ -99,10 +98,21 @@ def wait() -> None:
 @cache
 def made_for() -> str:
     """What compiled code depends on beside the text; part of it, so that MLX tells them apart."""
+    headers = hashlib.sha256("".join(HEADERS.values()).encode()).hexdigest()[:8]
+    return f"{_architecture()} {headers}"
+
+
+@cache
+def _architecture() -> str:
+    """Of the GPU, as its compiler names it."""
     info = mx.device_info(mx.Device(mx.gpu, 0))
     major, minor = (info.get(f"compute_capability_{part}", 0) for part in ("major", "minor"))
-    headers = hashlib.sha256("".join(HEADERS.values()).encode()).hexdigest()[:8]
-    return f"sm_{major}{minor} {headers}"
+    return f"sm_{major}{minor}"
+
+
+@cache
+def _version() -> str:
+    return version("mlx")  # half a millisecond
 
 
 def _is_kept(folder: Path, text: JitText) -> bool:
@@ -124,20 +134,10 @@ def _compile(work: _Work, folder: Path, text: JitText) -> None:
         if work.failed:
             return
         try:
-            symbol, code = compiled(text.text, text.kernel, HEADERS, made_for().split()[0])
+            symbol, code = compiled(text.text, text.kernel, HEADERS, _architecture())
             # MLX looks for the code first
             names = f"{text.kernel}\t{symbol}{_of_size(len(code))}"
-            _put(folder / f"{text.module}.txt", names.encode())
-            _put(folder / f"{text.module}.ptx", code)
+            put(folder / f"{text.module}.txt", names.encode())
+            put(folder / f"{text.module}.ptx", code)
         except Exception as why:  # whatever it is
             work.fail(why)
-
-
-def _put(file: Path, data: bytes) -> None:
-    """As a whole or not at all."""
-    part = file.with_name(f"{uuid4().hex}.part")
-    try:
-        part.write_bytes(data)
-        os.replace(part, file)
-    finally:
-        part.unlink(missing_ok=True)

@@ -10,7 +10,7 @@ from functools import cache
 import mlx.core as mx
 
 from specdec.kernels.gpu.kernel import Launch, MetalKernel
-from specdec.kernels.gpu.tiles import tiles_on
+from specdec.kernels.gpu.tiles import tiles_for
 from specdec.kernels.norm import Norm
 
 MAX_INPUTS = 32768
@@ -32,11 +32,9 @@ def normed_shape(rows: int, inputs: int) -> tuple[int, int]:
 
 def is_normed(x: mx.array, norm: Norm) -> bool:
     """Whether experts may read normed rows of x [rows, inputs]."""
+    inputs = x.shape[1]
     return (
-        tiles_on()
-        and x.dtype == norm.weight.dtype == mx.bfloat16
-        and x.shape[1] % 32 == 0
-        and x.shape[1] <= MAX_INPUTS
+        norm.weight.dtype == x.dtype and inputs <= MAX_INPUTS and tiles_for(x.dtype, 0, 0, inputs)
     )
 
 

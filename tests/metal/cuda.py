@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import mlx.core as mx
 
-from specdec.kernels.gpu.jit_text import SHAPE_TYPES, TYPES
+from specdec.kernels.gpu.jit_text import SHAPE_TYPES, TYPES, constant
 from specdec.kernels.gpu.kernel import MetalKernel, Template
 
 HEADERS = """#include <cuda/std/array>
@@ -42,16 +42,9 @@ def cuda_source(
     for name, dtype in zip(kernel.outputs, output_dtypes, strict=True):
         parameters.append(f"{TYPES[dtype]}* {name}")
     arguments = template or {}
-    constants = "".join(_constant(name, arguments[name]) for name in kernel.template)
+    constants = "".join(constant(name, arguments[name]) for name in kernel.template)
     return (
         f"{PRELUDE}{kernel.header('cuda')}{OPENING}"
         f"__global__ void custom_kernel_{kernel.name}({', '.join(parameters)}) {{\n"
         f"{constants}{kernel.body}\n}}\n}}\n"
     )
-
-
-def _constant(name: str, value: int | bool | mx.Dtype) -> str:
-    if isinstance(value, mx.Dtype):
-        return f"using {name} = {TYPES[value]};\n"
-    kind = "bool" if isinstance(value, bool) else "int"
-    return f"constexpr {kind} {name} = {str(value).lower()};\n"

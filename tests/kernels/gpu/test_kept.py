@@ -64,7 +64,7 @@ def folder(tmp_path, monkeypatch):
     monkeypatch.setenv("MLX_PTX_CACHE_DIR", str(tmp_path / "ptx"))
     included.cache_folder.cache_clear()
     monkeypatch.setattr(kept, "KNOWN", (version("mlx"),))
-    monkeypatch.setattr(kept, "made_for", lambda: "sm_90 headers")
+    monkeypatch.setattr(kept, "_architecture", lambda: "sm_90")
     monkeypatch.setattr(kept, "_work", kept._Work())
     yield tmp_path / "ptx"
     kept.wait()
