@@ -8,6 +8,8 @@ import os
 import signal
 import sys
 
+from specdec.mlx_environment import tell_mlx
+
 INTERRUPTED = 130
 
 
@@ -20,6 +22,7 @@ def main() -> None:
     if sys.stdout is not None:
         # What the terminal's encoding does not have is written as an escape.
         sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+    tell_mlx()
     try:
         from specdec.cli import main as commands
 

@@ -25,7 +25,7 @@ from specdec.kernels.array import Backend, choose_backend
 from specdec.kernels.executor import use_gpu_kernels, use_threads
 from specdec.kernels.gpu.limits import MAX_ROWS
 from specdec.memory import resident_bytes, start_gpu
-from specdec.plan import COMPILER_BYTES, KEPT_BYTES, MemoryPlan, make_plan
+from specdec.plan import KEPT_BYTES, MemoryPlan, make_plan
 from specdec.target.config import TargetConfig
 from specdec.target.expert_cache import ExpertCache
 from specdec.target.expert_store import ExpertStore
@@ -205,7 +205,7 @@ def _plan(found: _Headers, settings: Settings) -> MemoryPlan:
         cache_slots=settings.cache_slots,
         memory_bytes=None if memory is None else int(memory * GB),
         runtime_bytes=resident_bytes(),
-        compiler_bytes=COMPILER_BYTES if found.backend.name == "cpu" else 0,
+        backend=found.backend.name,
         streaming=_streaming(settings),
     )
 

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import mlx.core as mx
 
+from specdec.mlx_environment import tell_mlx
+
 # Share of the memory a plan may take when no cap is given.
 DEFAULT_SHARE = 0.7
 
@@ -34,6 +36,7 @@ def physical_memory() -> int:
 
 def start_gpu() -> None:
     """Have MLX set up its GPU in this process, and its compiler: what they take they keep."""
+    tell_mlx()
     mx.eval(mx.compile(lambda x: mx.exp(x) * x)(mx.ones(32)))
 
 

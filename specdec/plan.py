@@ -40,9 +40,6 @@ from specdec.units import size
 
 # What MLX keeps of freed buffers on a CPU; load sets the same limit everywhere.
 KEPT_BYTES = 32 << 20
-# Numba and LLVM, and what compiling the CPU kernels for the first time takes (measured: 150 MB
-# when they come from its cache, 280 MB when not, 330 MB in a fresh installation).
-COMPILER_BYTES = 350_000_000
 ROUTING_TABLE = "routing table"
 
 
@@ -52,6 +49,17 @@ class Part(NamedTuple):
     name: str
     bytes: int
     note: str
+
+
+# What the kernels of a backend take of the process beside its data.
+KERNEL_PARTS = {
+    # Numba and LLVM, and what compiling for the first time takes (measured: 150 MB when kernels
+    # come from its cache, 280 MB when not, 330 MB in a fresh installation).
+    "cpu": Part("kernel compiler", 350_000_000, "Numba"),
+    # Measured on an H100: 900 MB beyond what is there once MLX has started, in every run, whatever
+    # the model's size. Compiling takes more, once for an installation, and says so.
+    "cuda": Part("kernels", 950_000_000, "CUDA's libraries and modules, on the host"),
+}
 
 
 @dataclass(frozen=True)
@@ -90,21 +98,20 @@ def make_plan(
     cache_slots: int | None = None,
     memory_bytes: int | None = None,
     runtime_bytes: int = 0,
-    compiler_bytes: int = 0,
+    backend: str = "",
     streaming: Streaming | None = None,
 ) -> MemoryPlan:
     """Plan a run from headers and configs; reads no weight.
 
     pin_layers, cache_slots: as asked for, None to decide here. memory_bytes: the cap, None for
-    `default_cap`. runtime_bytes: what the process holds already. compiler_bytes: COMPILER_BYTES
-    for a backend that compiles its kernels here. streaming: how experts will be read; None for a
-    run that reads none.
+    `default_cap`. runtime_bytes: what the process holds already. backend: whose kernels will run
+    (KERNEL_PARTS). streaming: how experts will be read; None for a run that reads none.
     PlanError as the module says.
     """
     cap, cap_note = default_cap() if memory_bytes is None else (memory_bytes, "as asked for")
     weights = [
         Part("runtime", runtime_bytes, "this process before loading"),
-        *([Part("kernel compiler", compiler_bytes, "Numba")] if compiler_bytes else []),
+        *([KERNEL_PARTS[backend]] if backend in KERNEL_PARTS else []),
         *(
             Part(name, count, "")
             for name, count in dense_parts(store.checkpoint, store.config, sizes.dtype).items()

@@ -20,7 +20,7 @@ from specdec.kernels.gpu import tiles
 from specdec.kernels.gpu.resident import moved
 from specdec.load import Settings, load, plan_for
 from specdec.memory import resident_bytes, start_gpu
-from specdec.plan import KEPT_BYTES, MemoryPlan
+from specdec.plan import KEPT_BYTES, KERNEL_PARTS, MemoryPlan
 from tests.backends import needs_numba
 from tests.checkpoints import FAMILIES, write_checkpoint
 from tests.drafts import write_draft
@@ -111,14 +111,16 @@ def test_the_plan_is_known_before_anything_is_read(pair, reads):
     assert reads == []
 
 
-@pytest.mark.parametrize("backend", ["metal", "reference"])
+@pytest.mark.parametrize("backend", ["metal", "cuda", "reference"])
 def test_what_a_gpu_takes_of_the_process_is_planned(backend, pair, monkeypatch):
     held = [1000]
     monkeypatch.setattr(load_module, "choose_backend", lambda *_: Backend(backend, mx.float32, ""))
     monkeypatch.setattr(load_module, "start_gpu", lambda: held.append(500))
     monkeypatch.setattr(load_module, "resident_bytes", lambda: sum(held))
-    runtime = plan_for(settings(pair)).parts[0]
-    assert (runtime.name, runtime.bytes) == ("runtime", 1500 if backend == "metal" else 1000)
+    runtime, second = plan_for(settings(pair)).parts[:2]
+    expected = 1000 if backend == "reference" else 1500
+    assert (runtime.name, runtime.bytes) == ("runtime", expected)
+    assert (second == KERNEL_PARTS["cuda"]) == (backend == "cuda")
 
 
 @pytest.mark.skipif(not ON_GPU, reason="needs a GPU")

@@ -299,11 +299,10 @@ def test_what_reading_takes_is_planned(store: ExpertStore) -> None:
 
 
 def test_a_routing_table_is_planned_where_one_is_kept(store: ExpertStore) -> None:
-    def names(way: str, **options: int) -> set[str]:
+    def names(way: str, pin_layers: int) -> set[str]:
         how = Streaming(prefetch=way)
-        return set(
-            by_name(make_plan(store, None, SIZES, memory_bytes=AMPLE, streaming=how, **options))
-        )
+        options: dict[str, Any] = {"memory_bytes": AMPLE, "streaming": how}
+        return set(by_name(make_plan(store, None, SIZES, pin_layers=pin_layers, **options)))
 
     for way in ("auto", "draft"):
         assert "routing table" in names(way, pin_layers=1)
