@@ -51,6 +51,9 @@ class Look:
     def limit(self) -> int:
         return NODES
 
+    def stays_plain(self) -> bool:
+        return False
+
     def cut(self, tree: DraftTree) -> DraftTree:
         self.trees.append(tree)
         return tree.first(1)

@@ -32,6 +32,7 @@ class Ahead:
     def __init__(self, target: Target, draft: Draft | None, chooser: Greedy) -> None:
         """draft: None where the prompt is decoded without one."""
         self._target, self._draft, self._chooser = target, draft, chooser
+        self._lone: Output | None = None  # of a lone root's pass after the one at hand
         self._past: Drafted | None = None  # what is drafted after the round at hand
         self._next: tuple[Array, GrownTree] | None = None  # the same, and the tree grown of it
 
@@ -51,14 +52,21 @@ class Ahead:
             return self._next[1]
         return self._target.grow(found, limit, bonus)
 
+    def look_past_lone(self, output: Output, budget: Budget) -> bool:
+        """In plain decoding, begin the pass that follows one that was begun, if it is likely to be
+        asked for; whether the round is a typical one (see Round)."""
+        before, self._lone = self._lone, None
+        if output.verdict is None or not (self._chooser.on_device and self._target.compiled):
+            return True
+        if budget.stays_plain():
+            self._lone = self._target.look_ahead(output.verdict.lone_token)
+        return before is output and self._lone is not None
+
     def look_past(self, tree: DraftTree | GrownTree, output: Output, limit: int) -> bool:
-        """Begin what follows a verify pass that was begun; whether that was drafting."""
+        """Begin to draft after a tree whose verify pass was begun; whether that could be."""
+        self._lone = None
         verdict, draft = output.verdict, self._draft
         if verdict is None or not self._chooser.on_device:
-            return False
-        if limit == 1:
-            if self._target.compiled and draft is None:
-                self._target.look_ahead(verdict.lone_token)
             return False
         if draft is None or not draft.compiled:
             return False

@@ -54,16 +54,29 @@ class Auto:
         """Why plain decoding was chosen, the first time it was for this text; None if never."""
 
     def limit(self) -> int:
-        if self.costs.plain_rounds < PLAIN_ROUNDS:
+        if self._measuring():
             return 1
-        if self._since_plain > REFRESH * max(1.0, self._even.advantage) ** 2:
-            return 1
-        risk = self.costs.draft(self._context, self._untold) / self._plain
+        risk = self._risk()
         if self._even.pays(risk):
             return self.nodes
         if self.reason is None:
             self.reason = self._explain(risk)
         return 1
+
+    def stays_plain(self) -> bool:
+        # What is measured is a typical round, which gives the GPU the next pass, maybe in vain.
+        if self._measuring() or self._even.pausing:
+            return True
+        return not self._even.allows(self._risk(), later=1)
+
+    def _measuring(self) -> bool:
+        """Whether it is to be known what plain decoding costs, or to be known again."""
+        refresh = REFRESH * max(1.0, self._even.advantage) ** 2
+        return self.costs.plain_rounds < PLAIN_ROUNDS or self._since_plain > refresh
+
+    def _risk(self) -> float:
+        """What drafting may lose, in plain rounds."""
+        return self.costs.draft(self._context, self._untold) / self._plain
 
     def cut(self, tree: DraftTree) -> DraftTree:
         self._edges = Edges.of(tree)
@@ -87,7 +100,8 @@ class Auto:
         self.costs.learn(done)
         self._context = done.context + len(done.path)
         self._untold += len(done.path) - done.told
-        self._since_plain = 0 if done.tree.rows == 1 else self._since_plain + 1
+        lone = done.tree.rows == 1 and done.typical
+        self._since_plain = 0 if lone else self._since_plain + 1
         drafted = done.budget > 1
         if drafted:
             self.calibration.learn(self._edges, done.tree.rows, done.path)

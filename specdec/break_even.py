@@ -75,8 +75,12 @@ class BreakEven:
         if self._wait > 0:
             self._wait -= 1
             return False
-        allowed = self._credit + SHARE * self._spent
-        return self._loss + risk <= allowed or risk <= SHARE * self._since
+        return self.allows(risk)
+
+    def allows(self, risk: float, later: int = 0) -> bool:
+        """Whether drafting may lose `risk` plain rounds, after as many as `later` from now."""
+        allowed = self._credit + SHARE * (self._spent + later)
+        return self._loss + risk <= allowed or risk <= SHARE * (self._since + later)
 
     def drafted(self, cost: float, tokens: float) -> None:
         """A drafted round took `cost` plain rounds and brought so many tokens."""

@@ -17,6 +17,10 @@ class Budget(Protocol):
     def limit(self) -> int:
         """The most nodes to draft for the next round; 1: no draft, the root alone."""
 
+    def stays_plain(self) -> bool:
+        """In a round of plain decoding: whether the next will be one too, as far as is known. A
+        GPU is then given its pass before this one is read."""
+
     def cut(self, tree: DraftTree) -> DraftTree:
         """The part of a drafted tree that is worth verifying: its root, and nodes with all their
         ancestors, parents before children."""
@@ -33,6 +37,9 @@ class Fixed:
 
     def limit(self) -> int:
         return self.nodes
+
+    def stays_plain(self) -> bool:
+        return self.nodes == 1
 
     def cut(self, tree: DraftTree) -> DraftTree:
         return tree

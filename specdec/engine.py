@@ -122,8 +122,10 @@ class Engine:
         clock.lap("build")
         output = self.target.verify(tree)
         clock.lap("verify")
-        begun = self._ahead.look_past(tree, output, limit)
-        if begun:
+        begun, typical = False, True
+        if limit == 1:
+            typical = self._ahead.look_past_lone(output, budget)
+        elif begun := self._ahead.look_past(tree, output, limit):
             clock.lap("draft")
         if isinstance(tree, GrownTree):
             tree = self._ahead.read(tree, output, self._bonus, limit)
@@ -151,6 +153,7 @@ class Engine:
             experts=sum(self.target.experts.slot_requests()) - asked,
             misses=missed - misses,
             stall=stalled - stall,
+            typical=typical,
         )
         budget.learn(done)
         return done

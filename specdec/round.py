@@ -59,6 +59,8 @@ class Round:
     told: committed tokens that the draft was told of in this round's draft phase.
     misses, stall: experts that were not in memory when asked for, and seconds waited for them.
     experts: all that layers which are not pinned asked for, each once per layer.
+    typical: whether such rounds take this time one after the other. Not so a round of plain
+        decoding whose pass was begun ahead, or that began the next one, but not both.
     """
 
     tree: DraftTree
@@ -71,6 +73,7 @@ class Round:
     misses: int = 0
     stall: float = 0.0
     experts: int = 0
+    typical: bool = True
 
     def __post_init__(self) -> None:
         assert self.path[0] == 0

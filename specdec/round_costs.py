@@ -71,6 +71,8 @@ class RoundCosts:
         if done.budget == 1:
             if done.told and unit:
                 self._catching_up.append(drafting / done.told / unit)
+            if not done.typical:
+                return
             self._plain.append((took, done.misses))
             if len(self._plain) == PLAIN_BATCH or self.plain_rounds < PLAIN_BATCH:
                 self._flush(done.context)

@@ -91,12 +91,13 @@ def from_json(rounds: Sequence[dict[str, Any]], first: Sequence[Round] = ()) -> 
         else:
             raise ValueError(f"round {at} has no tree, and no earlier run of its setting has one")
         seconds = PhaseSeconds(**{name: float(one["seconds"][name]) for name in _PHASES})
-        counts = {name: int(one[name]) for name in ("budget", "context", "experts", "misses")}
+        counts: dict[str, Any] = {name: int(one[name]) for name in _COUNTS}
         done.append(Round(tree, path, bonus, seconds, **counts, stall=float(one["stall"])))
     return tuple(done)
 
 
 _PHASES = tuple(PhaseSeconds.__dataclass_fields__)
+_COUNTS = ("budget", "context", "experts", "misses")
 
 
 def _tree(one: dict[str, Any]) -> DraftTree:

@@ -212,7 +212,7 @@ class Target:
         self._pending = ahead
         return ahead.output
 
-    def look_ahead(self, token: Array) -> None:
+    def look_ahead(self, token: Array) -> Output:
         """Begin the pass of the lone root that follows the pending lone root, before either is
         known to the host: token int [1]. If verify is then asked for another, nothing is lost.
 
@@ -224,6 +224,7 @@ class Target:
         state = self._pending.this.after_root()
         this = TreePass(state, self.rope, TreeLayout.of(np.array([-1], np.int32)))
         self._ahead = self._begin(token, this)
+        return self._ahead.output
 
     @property
     def compiled(self) -> bool:

@@ -22,7 +22,8 @@ class World:
     verify(rows, context) and draft: seconds. confidence: mean probability of a slot's best token;
     the draft's probabilities are off by the factors `top` (below the best path) and `side`.
     noise: relative, of every time; hiccups: share of rounds that take ten times as long.
-    misses(rows): experts read, at `miss` seconds each.
+    misses(rows): experts read, at `miss` seconds each. waiting: None, or the share of a plain round
+    in which a GPU that is given passes ahead keeps its host waiting.
     """
 
     def __init__(
@@ -37,10 +38,11 @@ class World:
         misses: Callable[[int], float] = lambda rows: 0.0,
         miss: float = 0.0,
         seed: int = 0,
+        waiting: float | None = None,
     ) -> None:
         self.verify, self.draft, self.confidence = verify, draft, confidence
         self.top, self.side, self.noise, self.hiccups = top, side, noise, hiccups
-        self.misses, self.miss = misses, miss
+        self.misses, self.miss, self.waiting, self.begun = misses, miss, waiting, False
         self.rng = np.random.default_rng(seed)
         self.context = self.untold = 0
         self.seconds = 0.0
@@ -71,7 +73,14 @@ class World:
         path = self._path(tree)
         misses = round(self.misses(tree.rows))
         stall = misses * self.miss
-        verify = self._time(self.verify(tree.rows, self.context)) + stall
+        passed, typical = self.verify(tree.rows, self.context), True
+        if self.waiting is not None:
+            before, self.begun = self.begun, limit == 1 and budget.stays_plain()
+            if limit == 1:
+                begin, typical = (1 - self.waiting) * passed, before and self.begun
+                wait = 0.0 if self.begun else self.waiting * passed
+                passed = wait + begin * ((not before) + self.begun)
+        verify = self._time(passed) + stall
         done = Round(
             tree,
             path,
@@ -82,6 +91,7 @@ class World:
             told=told,
             misses=misses,
             stall=stall,
+            typical=typical,
         )
         budget.learn(done)
         self.untold += len(path) - told

@@ -229,6 +229,32 @@ def test_plain_decoding_is_measured_again():
     assert max(np.diff(plain)) <= 20 * REFRESH
 
 
+@pytest.mark.parametrize(("draft", "confidence"), [(0.2, 0.9), (0.2, 0.5), (1.5, 0.5)])
+def test_what_a_gpu_is_given_ahead_is_counted(draft, confidence):
+    """Plain decoding that takes 0.6 s a token round after round, and 1 s or more where its passes
+    are begun one by one: drafting pays if it is better than the former."""
+    known: dict = {"verify": linear(1.0, 0.1), "draft": draft, "confidence": confidence}
+    world, budget = World(**known, waiting=0.4), auto()
+    world.play(budget, 400)
+    if confidence == 0.5:  # where plain decoding is most of what there is
+        assert budget.costs.plain(400) == pytest.approx(0.6, rel=0.1)
+    before = world.seconds
+    world.play(budget, 2000)
+    best = max(1 / 0.6, best_fixed(2000, **known))
+    assert 2000 / (world.seconds - before) >= 0.95 * best
+
+
+def test_plain_rounds_are_those_that_follow_each_other():
+    """While drafting does not pay: all passes are begun ahead but the first after a drafted round,
+    and none in vain."""
+    world, budget = World(linear(1.0, 0.9), 1.5, confidence=0.3, waiting=0.4), auto()
+    world.play(budget, 1000)
+    lone = [one.budget == 1 for one in world.rounds]
+    for at in range(20, len(lone) - 1):
+        if lone[at]:
+            assert world.rounds[at].typical == (lone[at - 1] and lone[at + 1])
+
+
 def test_missing_experts_cost_what_they_take():
     """Rows that are free to compute, and a disk that makes them dear, or does not."""
     chosen = {}

@@ -42,6 +42,9 @@ class Whim:
             return 1
         return int(self.rng.integers(2, 17))
 
+    def stays_plain(self) -> bool:
+        return bool(self.rng.integers(2))  # right or wrong
+
     def cut(self, tree):
         return tree.first(int(self.rng.integers(1, tree.rows + 1)))
 

@@ -23,6 +23,9 @@ class All:
     def limit(self) -> int:
         return 12
 
+    def stays_plain(self) -> bool:
+        return False
+
     def cut(self, tree):
         self.edges = Edges.of(tree)
         return tree

@@ -19,11 +19,13 @@ from specdec.kernels.array import Backend
 from specdec.kernels.gpu.in_place import write_in_place
 from specdec.kernels.gpu.limits import MAX_ROWS, refused
 from specdec.kernels.walked import LENGTH
-from specdec.round import PhaseSeconds
+from specdec.round import PhaseSeconds, Round
+from specdec.round_costs import RoundCosts
 from specdec.sampling import GREEDY, Sampling
 from specdec.target.commit_graph import CommitGraph
 from specdec.target.model import Target
 from specdec.target.verify_graph import VerifyGraph
+from specdec.tree.draft_tree import DraftTree
 from tests.checkpoints import FAMILIES, write_checkpoint
 from tests.drafts import write_draft
 from tests.graphs import graphs_on_shim
@@ -181,6 +183,78 @@ def test_with_and_without_looking_ahead_everything_is_the_same(engine, monkeypat
     assert any(path != list(range(len(path))) for path in paths)  # rows were moved
 
 
+class Script:
+    """The limits of rounds, and which plain ones begin the next one's pass, right or wrong."""
+
+    def __init__(self, rounds: list[tuple[int, bool]]) -> None:
+        self.rounds = iter(rounds)
+        self.stays = False
+
+    def limit(self) -> int:
+        limit, self.stays = next(self.rounds)
+        return limit
+
+    def stays_plain(self) -> bool:
+        return self.stays
+
+    def cut(self, tree: DraftTree) -> DraftTree:
+        return tree
+
+    def learn(self, done: Round) -> None:
+        pass
+
+
+def test_plain_rounds_among_drafted_ones_begin_the_next_one(engine, monkeypatch):
+    answer = answer_of(engine)
+    knowing(answer, monkeypatch)
+    passes, begin = [], Target._begin
+
+    def begins(self, tokens, this):
+        passes.append(this.tree.rows)
+        return begin(self, tokens, this)
+
+    found = [engine.prefill(PROMPT).token]
+    monkeypatch.setattr(Target, "_begin", begins)
+    rounds = [(1, True), (1, True), (1, False), (3, False), (1, False), (1, True), (3, True)]
+    script, typical = Script([*rounds, (1, True), (1, True)]), []
+    for _ in range(len(rounds) + 2):
+        done = engine.step(script)
+        found += done.tokens
+        typical.append(done.typical)
+    assert found == answer[: len(found)]
+    # one that is begun in vain: the second drafted round finds it there
+    assert passes == [1, 1, 1, 4, 1, 1, 1, 4, 1, 1, 1]
+    assert typical == [False, True, False, True, False, False, True, False, True]
+    left = state_bytes(engine.target)
+    length = engine.target.length
+    engine.prefill(PROMPT, drafting=False)
+    while engine.target.length < length:
+        engine.step(Fixed(1))
+    assert state_bytes(engine.target) == left
+
+
+def test_auto_knows_what_plain_decoding_costs_where_passes_are_begun_ahead(engine, monkeypatch):
+    answer = answer_of(engine)
+    auto = engine.auto(4)
+    learned: list[bool] = []
+    learn = RoundCosts.learn
+
+    def notes(self, done):
+        before = self.plain_rounds
+        learn(self, done)
+        if self.plain_rounds > before and done.budget == 1:
+            learned.append(done.typical)
+
+    monkeypatch.setattr(RoundCosts, "learn", notes)
+    found = [engine.prefill(PROMPT).token]
+    auto.begin()
+    while len(found) < len(answer):
+        found += engine.step(auto).tokens
+    assert found[: len(answer)] == answer
+    assert learned[:3] == [True] * 3
+    assert all(learned)
+
+
 def test_what_is_begun_ahead_counts_to_the_phase_it_belongs_to(engine, monkeypatch):
     now = 0.0
 
@@ -206,7 +280,7 @@ def test_what_is_begun_ahead_counts_to_the_phase_it_belongs_to(engine, monkeypat
     engine.prefill(PROMPT)
     assert engine.step(Fixed(3)).seconds == PhaseSeconds(3, 0, 300, 1000)
     assert engine.step(Fixed(3), "chain").seconds == PhaseSeconds(3, 10, 100, 1000)
-    assert engine.step(Fixed(1)).seconds == PhaseSeconds(0, 0, 100, 1000)
+    assert engine.step(Fixed(1)).seconds == PhaseSeconds(0, 0, 500, 1000)
     engine.prefill(PROMPT, sampling=Sampling(temperature=0.8, seed=3))
     assert engine.step(Fixed(3)).seconds == PhaseSeconds(5, 10, 100, 1000)
     engine.prefill(PROMPT, drafting=False)
