@@ -52,15 +52,15 @@ class Ahead:
             return self._next[1]
         return self._target.grow(found, limit, bonus)
 
-    def look_past_lone(self, output: Output, budget: Budget) -> bool:
+    def look_past_lone(self, output: Output, budget: Budget) -> tuple[bool, bool]:
         """In plain decoding, begin the pass that follows one that was begun, if it is likely to be
-        asked for; whether the round is a typical one (see Round)."""
+        asked for; whether that one was begun here too, and whether another was now."""
         before, self._lone = self._lone, None
-        if output.verdict is None or not (self._chooser.on_device and self._target.compiled):
-            return True
-        if budget.stays_plain():
-            self._lone = self._target.look_ahead(output.verdict.lone_token)
-        return before is output and self._lone is not None
+        verdict = output.verdict
+        can = self._target.compiled and self._chooser.on_device
+        if can and verdict is not None and budget.stays_plain():
+            self._lone = self._target.look_ahead(verdict.lone_token)
+        return before is output, self._lone is not None
 
     def look_past(self, tree: DraftTree | GrownTree, output: Output, limit: int) -> bool:
         """Begin to draft after a tree whose verify pass was begun; whether that could be."""

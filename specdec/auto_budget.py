@@ -18,6 +18,7 @@ from itertools import accumulate
 
 from specdec.break_even import BreakEven
 from specdec.calibration import Calibration, Edges
+from specdec.overlap import Overlap
 from specdec.round import Round
 from specdec.round_costs import RoundCosts
 from specdec.tree.draft_tree import DraftTree
@@ -34,15 +35,23 @@ EXPLORE = 32  # drafted rounds after which one row count is chosen for what it m
 class Auto:
     """One engine's budget; what it learned of costs and draft stays from text to text."""
 
-    def __init__(self, nodes: int, costs: RoundCosts, choices: Sequence[int] | None = None) -> None:
+    def __init__(
+        self,
+        nodes: int,
+        costs: RoundCosts,
+        choices: Sequence[int] | None = None,
+        ahead: bool = False,
+    ) -> None:
         """nodes: of the largest tree, 2 or more. choices: numbers of nodes to choose from, None
-        for any: where each costs a compilation, few."""
+        for any: where each costs a compilation, few. ahead: whether plain rounds may begin each
+        other's passes."""
         assert nodes >= 2
         self.nodes, self.costs, self.calibration = nodes, costs, Calibration()
         self._choices = sorted({0, *(range(nodes + 1) if choices is None else choices)})
         self._choices = [one for one in self._choices if one <= nodes]
         self._even = BreakEven()
-        self._rounds = self._since_plain = 0  # drafted rounds; rounds since one of one row
+        self._overlap = Overlap() if ahead else None
+        self._rounds = self._since_plain = 0  # drafted rounds; rounds since plain was measured
         self._plain = SHORTEST  # seconds of a round of plain decoding
         self.begin()
 
@@ -64,15 +73,20 @@ class Auto:
         return 1
 
     def stays_plain(self) -> bool:
-        # What is measured is a typical round, which gives the GPU the next pass, maybe in vain.
+        if self.costs.plain_rounds < PLAIN_ROUNDS:
+            return False  # lone rounds come first, to compare with
+        # The round that is measured begins another, maybe in vain.
         if self._measuring() or self._even.pausing:
             return True
         return not self._even.allows(self._risk(), later=1)
 
     def _measuring(self) -> bool:
         """Whether it is to be known what plain decoding costs, or to be known again."""
-        refresh = REFRESH * max(1.0, self._even.advantage) ** 2
-        return self.costs.plain_rounds < PLAIN_ROUNDS or self._since_plain > refresh
+        if self.costs.plain_rounds < PLAIN_ROUNDS:
+            return True
+        if self._overlap is not None and not self._overlap.known:
+            return True
+        return self._since_plain > REFRESH * max(1.0, self._even.advantage) ** 2
 
     def _risk(self) -> float:
         """What drafting may lose, in plain rounds."""
@@ -100,21 +114,27 @@ class Auto:
         self.costs.learn(done)
         self._context = done.context + len(done.path)
         self._untold += len(done.path) - done.told
-        lone = done.tree.rows == 1 and done.typical
-        self._since_plain = 0 if lone else self._since_plain + 1
+        among = done.begun_before and done.begins_next
+        measured = among if self._overlap is not None else done.tree.rows == 1
+        self._since_plain = 0 if measured else self._since_plain + 1
         drafted = done.budget > 1
         if drafted:
             self.calibration.learn(self._edges, done.tree.rows, done.path)
             self._rounds += 1
         if not self.costs.verify.known:
             return
-        self._plain = plain = max(self.costs.plain(self._context), SHORTEST)
+        lone = max(self.costs.plain(self._context), SHORTEST)
+        if self._overlap is not None and among:
+            self._overlap.learn(done, lone)
+        self._plain = plain = lone * (1.0 if self._overlap is None else self._overlap.share)
         seconds = done.seconds
-        drafting = seconds.draft + seconds.build
+        drafting, passed = seconds.draft + seconds.build, seconds.verify + seconds.commit
         if not drafted:
-            self._even.plain(drafting / plain)
+            # The first of rounds that begin the next begins two passes, the last none.
+            edge = 0.0 if among or done.lone else min(passed, HICCUP * lone) - plain
+            self._even.plain((drafting + edge) / plain)
             return
-        took = min(drafting + seconds.verify + seconds.commit, HICCUP * self._seconds)
+        took = min(drafting + passed, HICCUP * self._seconds)
         # Half as it came and half as it was expected, both: see break_even.py.
         cost, tokens = (took + self._seconds) / 2, (len(done.tokens) + self._expected) / 2
         self._even.drafted(cost / plain, tokens)

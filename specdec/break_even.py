@@ -98,7 +98,8 @@ class BreakEven:
             self._next_wait = FIRST_WAIT
 
     def plain(self, extra: float = 0.0) -> None:
-        """A round of plain decoding; `extra`: what the draft took of it, in plain rounds."""
+        """A round of plain decoding; `extra`: what it took beyond plain decoding that goes on
+        alone, in plain rounds."""
         self._rounds *= FADE
         self._tokens *= FADE
         self._cost *= FADE

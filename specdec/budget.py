@@ -18,8 +18,8 @@ class Budget(Protocol):
         """The most nodes to draft for the next round; 1: no draft, the root alone."""
 
     def stays_plain(self) -> bool:
-        """In a round of plain decoding: whether the next will be one too, as far as is known. A
-        GPU is then given its pass before this one is read."""
+        """In a round of plain decoding: whether the next will be one too, as far as is known. Asked
+        where a GPU can be given its pass before this one is read, and then is."""
 
     def cut(self, tree: DraftTree) -> DraftTree:
         """The part of a drafted tree that is worth verifying: its root, and nodes with all their

@@ -56,7 +56,8 @@ class Engine:
             on_gpu = self.target.backend.on_gpu
             known = [auto.costs for (size, _), auto in self.autos.items() if size == nodes]
             known = known or [RoundCosts(nodes, config.num_experts, config.top_k, on_gpu)]
-            self.autos[key] = Auto(nodes, known[0], TREE_NODES if on_gpu else None)
+            ahead = self.target.compiled and chooser(sampling).on_device
+            self.autos[key] = Auto(nodes, known[0], TREE_NODES if on_gpu else None, ahead)
         return self.autos[key]
 
     def reset(self) -> None:
@@ -122,9 +123,9 @@ class Engine:
         clock.lap("build")
         output = self.target.verify(tree)
         clock.lap("verify")
-        begun, typical = False, True
+        begun = before = follows = False
         if limit == 1:
-            typical = self._ahead.look_past_lone(output, budget)
+            before, follows = self._ahead.look_past_lone(output, budget)
         elif begun := self._ahead.look_past(tree, output, limit):
             clock.lap("draft")
         if isinstance(tree, GrownTree):
@@ -153,7 +154,8 @@ class Engine:
             experts=sum(self.target.experts.slot_requests()) - asked,
             misses=missed - misses,
             stall=stalled - stall,
-            typical=typical,
+            begun_before=before,
+            begins_next=follows,
         )
         budget.learn(done)
         return done

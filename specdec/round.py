@@ -59,8 +59,8 @@ class Round:
     told: committed tokens that the draft was told of in this round's draft phase.
     misses, stall: experts that were not in memory when asked for, and seconds waited for them.
     experts: all that layers which are not pinned asked for, each once per layer.
-    typical: whether such rounds take this time one after the other. Not so a round of plain
-        decoding whose pass was begun ahead, or that began the next one, but not both.
+    begun_before, begins_next: of a round of plain decoding, whether the round before it gave its
+        pass to the GPU, and whether it gave it the next round's.
     """
 
     tree: DraftTree
@@ -73,7 +73,8 @@ class Round:
     misses: int = 0
     stall: float = 0.0
     experts: int = 0
-    typical: bool = True
+    begun_before: bool = False
+    begins_next: bool = False
 
     def __post_init__(self) -> None:
         assert self.path[0] == 0
@@ -82,6 +83,11 @@ class Round:
     def accepted(self) -> int:
         """Accepted draft tokens."""
         return len(self.path) - 1
+
+    @property
+    def lone(self) -> bool:
+        """Whether what it took is what its own pass takes."""
+        return not (self.begun_before or self.begins_next)
 
     @property
     def tokens(self) -> tuple[int, ...]:

@@ -71,7 +71,7 @@ class RoundCosts:
         if done.budget == 1:
             if done.told and unit:
                 self._catching_up.append(drafting / done.told / unit)
-            if not done.typical:
+            if not done.lone:
                 return
             self._plain.append((took, done.misses))
             if len(self._plain) == PLAIN_BATCH or self.plain_rounds < PLAIN_BATCH:
@@ -88,7 +88,7 @@ class RoundCosts:
         return (median_low(self._drafts) + self._telling(told)) * self._unit(context)
 
     def plain(self, context: int) -> float:
-        """A round of plain decoding."""
+        """A round of plain decoding, by itself."""
         if not self._misses.known:
             return self.verify.one_row(context)
         misses = max(self._misses.one_row(0) - 1, 0.0)

@@ -73,13 +73,12 @@ class World:
         path = self._path(tree)
         misses = round(self.misses(tree.rows))
         stall = misses * self.miss
-        passed, typical = self.verify(tree.rows, self.context), True
-        if self.waiting is not None:
-            before, self.begun = self.begun, limit == 1 and budget.stays_plain()
-            if limit == 1:
-                begin, typical = (1 - self.waiting) * passed, before and self.begun
-                wait = 0.0 if self.begun else self.waiting * passed
-                passed = wait + begin * ((not before) + self.begun)
+        passed, plain = self.verify(tree.rows, self.context), limit == 1
+        before, self.begun = plain and self.begun, False
+        if plain and self.waiting is not None:
+            self.begun = budget.stays_plain()
+            wait = 0.0 if self.begun else self.waiting * passed
+            passed = wait + (1 - self.waiting) * passed * ((not before) + self.begun)
         verify = self._time(passed) + stall
         done = Round(
             tree,
@@ -91,7 +90,8 @@ class World:
             told=told,
             misses=misses,
             stall=stall,
-            typical=typical,
+            begun_before=before,
+            begins_next=self.begun,
         )
         budget.learn(done)
         self.untold += len(path) - told

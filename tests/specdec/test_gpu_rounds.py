@@ -10,6 +10,7 @@ from specdec.ahead import Ahead
 from specdec.budget import Fixed
 from specdec.checkpoint import Checkpoint
 from specdec.choose import Greedy
+from specdec.cost_curve import CostCurve
 from specdec.draft.config import DraftConfig
 from specdec.draft.graph import Drafted, DraftGraph
 from specdec.draft.model import Draft
@@ -19,8 +20,8 @@ from specdec.kernels.array import Backend
 from specdec.kernels.gpu.in_place import write_in_place
 from specdec.kernels.gpu.limits import MAX_ROWS, refused
 from specdec.kernels.walked import LENGTH
+from specdec.overlap import Overlap
 from specdec.round import PhaseSeconds, Round
-from specdec.round_costs import RoundCosts
 from specdec.sampling import GREEDY, Sampling
 from specdec.target.commit_graph import CommitGraph
 from specdec.target.model import Target
@@ -216,15 +217,16 @@ def test_plain_rounds_among_drafted_ones_begin_the_next_one(engine, monkeypatch)
     found = [engine.prefill(PROMPT).token]
     monkeypatch.setattr(Target, "_begin", begins)
     rounds = [(1, True), (1, True), (1, False), (3, False), (1, False), (1, True), (3, True)]
-    script, typical = Script([*rounds, (1, True), (1, True)]), []
+    script, edges = Script([*rounds, (1, True), (1, True)]), []
     for _ in range(len(rounds) + 2):
         done = engine.step(script)
         found += done.tokens
-        typical.append(done.typical)
+        edges.append((done.begun_before, done.begins_next))
     assert found == answer[: len(found)]
     # one that is begun in vain: the second drafted round finds it there
     assert passes == [1, 1, 1, 4, 1, 1, 1, 4, 1, 1, 1]
-    assert typical == [False, True, False, True, False, False, True, False, True]
+    first, among, last, lone = (False, True), (True, True), (True, False), (False, False)
+    assert edges == [first, among, last, lone, lone, first, lone, first, among]
     left = state_bytes(engine.target)
     length = engine.target.length
     engine.prefill(PROMPT, drafting=False)
@@ -236,23 +238,29 @@ def test_plain_rounds_among_drafted_ones_begin_the_next_one(engine, monkeypatch)
 def test_auto_knows_what_plain_decoding_costs_where_passes_are_begun_ahead(engine, monkeypatch):
     answer = answer_of(engine)
     auto = engine.auto(4)
-    learned: list[bool] = []
-    learn = RoundCosts.learn
+    lone, among = [], []
+    add, learn = CostCurve.add, Overlap.learn
 
-    def notes(self, done):
-        before = self.plain_rounds
-        learn(self, done)
-        if self.plain_rounds > before and done.budget == 1:
-            learned.append(done.typical)
+    def adds(self, rows, *given):
+        lone.append((rows, auto.costs.plain_rounds))
+        add(self, rows, *given)
 
-    monkeypatch.setattr(RoundCosts, "learn", notes)
+    def learns(self, done, seconds):
+        among.append(done)
+        assert seconds == auto.costs.plain(done.context + 1)
+        learn(self, done, seconds)
+
+    monkeypatch.setattr(CostCurve, "add", adds)
+    monkeypatch.setattr(Overlap, "learn", learns)
     found = [engine.prefill(PROMPT).token]
     auto.begin()
     while len(found) < len(answer):
         found += engine.step(auto).tokens
     assert found[: len(answer)] == answer
-    assert learned[:3] == [True] * 3
-    assert all(learned)
+    # three passes by themselves, of which none begins another, then rounds that do
+    assert lone[:3] == [(1, 0), (1, 1), (1, 2)]
+    assert len(among) >= 1
+    assert all(done.budget == 1 and done.begun_before and done.begins_next for done in among)
 
 
 def test_what_is_begun_ahead_counts_to_the_phase_it_belongs_to(engine, monkeypatch):
