@@ -6,9 +6,9 @@ All of it concerns MLX on CUDA (0.32), elsewhere nobody reads it.
 import os
 
 DEFAULTS = {
-    # Launched one by one, our kernels take no longer than as graphs. But MLX keeps a graph for each
-    # kind of pass, and trees have many: up to 1 GB on the device and 300 MB on the host after 1,200
-    # tokens with changing budgets, which no plan can tell. docs/kernels.md has the figures.
+    # MLX keeps a graph for each kind of pass, and trees have many: up to 1 GB on the device and 300
+    # MB on the host after 1,200 tokens with changing budgets, which no plan can tell. Launched one
+    # by one, kernels take about as long. docs/kernels.md has the figures.
     "MLX_USE_CUDA_GRAPHS": "0",
     # For who switches them on: MLX counts what its caches of graphs and of plans for attention
     # missed, never forgets, and ends the process at twice a cache's size. Prompts of many lengths
@@ -18,6 +18,7 @@ DEFAULTS = {
 
 
 def tell_mlx() -> None:
-    """To be called before the first import of MLX; for graphs, before its GPU computes."""
+    """To be called before the first import of MLX, when it makes its caches of plans. Its cache of
+    graphs is made, and whether there are graphs is read, when its GPU first computes."""
     for name, value in DEFAULTS.items():
         os.environ.setdefault(name, value)

@@ -15,6 +15,7 @@ from typing import Any
 from scripts.gpu import bench_model
 from specdec.budget import Fixed
 from specdec.choose import greedy
+from specdec.mlx_environment import tell_mlx
 from specdec.units import table
 
 PASSES = 16
@@ -66,6 +67,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, required=True, help="of `scripts.gpu.bench model`")
     parser.add_argument("--rows", type=int, nargs="+", default=[0, 1, 7])
     args = parser.parse_args()
+    tell_mlx()
     engine = bench_model.load(args.folder, kernels=False)
     prompt = list(range(bench_model.PROMPT))
     engine.prefill(prompt)
