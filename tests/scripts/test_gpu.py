@@ -5,14 +5,17 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import mlx.core as mx
 import pytest
 
+from scripts.gpu import bench
 from scripts.gpu.case import check
 from scripts.gpu.geometry import REAL, TINY, config_of, write_model
 from scripts.gpu.rounds import kept_case, walk_case
 from specdec.kernels.executor import gpu_kernels
+from specdec.mlx_environment import DEFAULTS
 from specdec.target.config import TargetConfig
 from tests.backends import REFERENCE
 from tests.metal.build import compiler
@@ -71,6 +74,23 @@ def test_the_check_of_a_round_sees_one_wrong_number(monkeypatch):
         assert check(case).ok
         monkeypatch.setattr("scripts.gpu.rounds.kept_rows", lambda keys, *rest: keys[0])
         assert "error" in check(case).failure
+
+
+def test_the_parts_of_the_benchmark_run_with_what_specdec_tells_mlx(monkeypatch):
+    told = {}
+
+    def run(command, env):
+        told[command[3]] = {name: env[name] for name in DEFAULTS}
+        return subprocess.CompletedProcess(command, 1)
+
+    for name in DEFAULTS:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(bench, "subprocess", SimpleNamespace(run=run))
+    monkeypatch.setattr("sys.argv", ["bench", "model", "kernels"])
+    with pytest.raises(SystemExit, match="True"):
+        bench.main()
+    # kernels by themselves are timed in graphs
+    assert told == {"model": DEFAULTS, "kernels": {**DEFAULTS, "MLX_USE_CUDA_GRAPHS": "1"}}
 
 
 def test_the_benchmark_runs(tmp_path):
