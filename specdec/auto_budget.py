@@ -52,7 +52,8 @@ class Auto:
         self._even = BreakEven()
         self._overlap = Overlap() if ahead else None
         self._rounds = self._since_plain = 0  # drafted rounds; rounds since plain was measured
-        self._plain = SHORTEST  # seconds of a round of plain decoding
+        # Seconds of a round of plain decoding: by itself, and as such rounds follow each other.
+        self._lone = self._plain = SHORTEST
         self.begin()
 
     def begin(self) -> None:
@@ -75,7 +76,7 @@ class Auto:
     def stays_plain(self) -> bool:
         if self.costs.plain_rounds < PLAIN_ROUNDS:
             return False  # lone rounds come first, to compare with
-        # The round that is measured begins another, maybe in vain.
+        # A measured round begins another, the last of them in vain: it is not learned from yet.
         if self._measuring() or self._even.pausing:
             return True
         return not self._even.allows(self._risk(), later=1)
@@ -89,8 +90,10 @@ class Auto:
         return self._since_plain > REFRESH * max(1.0, self._even.advantage) ** 2
 
     def _risk(self) -> float:
-        """What drafting may lose, in plain rounds."""
-        return self.costs.draft(self._context, self._untold) / self._plain
+        """What drafting may lose, in plain rounds: the draft, and that the plain rounds around it
+        do not follow each other."""
+        draft = self.costs.draft(self._context, self._untold)
+        return draft / self._plain + (self._lone / self._plain - 1)
 
     def cut(self, tree: DraftTree) -> DraftTree:
         self._edges = Edges.of(tree)
@@ -123,15 +126,18 @@ class Auto:
             self._rounds += 1
         if not self.costs.verify.known:
             return
-        lone = max(self.costs.plain(self._context), SHORTEST)
-        if self._overlap is not None and among:
-            self._overlap.learn(done, lone)
-        self._plain = plain = lone * (1.0 if self._overlap is None else self._overlap.share)
+        self._lone = self._plain = max(self.costs.plain(self._context), SHORTEST)
+        if self._overlap is not None:
+            if among:
+                self._overlap.learn(done, self._lone)
+            self._plain *= self._overlap.share
+        plain = self._plain
         seconds = done.seconds
         drafting, passed = seconds.draft + seconds.build, seconds.verify + seconds.commit
         if not drafted:
-            # The first of rounds that begin the next begins two passes, the last none.
-            edge = 0.0 if among or done.lone else min(passed, HICCUP * lone) - plain
+            # The first of rounds that begin each other begins two passes, the last none.
+            whole = among or self._overlap is None
+            edge = 0.0 if whole else min(passed, HICCUP * self._lone) - plain
             self._even.plain((drafting + edge) / plain)
             return
         took = min(drafting + passed, HICCUP * self._seconds)

@@ -44,19 +44,20 @@ class Engine:
         """context, max_budget: what memory was planned for; None where nothing was."""
         self.target, self.draft = target, draft
         self.prefill_chunk, self.context, self.max_budget = prefill_chunk, context, max_budget
-        self.autos: dict[tuple[int, Sampling], Auto] = {}
+        self.autos: dict[tuple[int, Sampling, bool], Auto] = {}
         self.reset()
 
     def auto(self, nodes: int, sampling: Sampling = GREEDY) -> Auto:
         """The budget that chooses trees of `nodes` nodes at most. What it learns stays with the
         engine: of this machine and this pair, and for each way of sampling what is accepted."""
-        key = nodes, replace(sampling, seed=0)
+        # whether plain rounds can begin each other's passes
+        ahead = self.target.compiled and chooser(sampling).on_device
+        key = nodes, replace(sampling, seed=0), ahead
         if key not in self.autos:
             config = self.target.config
             on_gpu = self.target.backend.on_gpu
-            known = [auto.costs for (size, _), auto in self.autos.items() if size == nodes]
+            known = [auto.costs for (size, *_), auto in self.autos.items() if size == nodes]
             known = known or [RoundCosts(nodes, config.num_experts, config.top_k, on_gpu)]
-            ahead = self.target.compiled and chooser(sampling).on_device
             self.autos[key] = Auto(nodes, known[0], TREE_NODES if on_gpu else None, ahead)
         return self.autos[key]
 

@@ -6,6 +6,7 @@ from statistics import median_low
 from specdec.round import Round
 
 ROUNDS = 9  # whose median counts
+ENOUGH = 3  # until when one round that was kept from its work may be half of what is known
 
 
 class Overlap:
@@ -16,12 +17,13 @@ class Overlap:
 
     @property
     def known(self) -> bool:
-        return bool(self._shares)
+        return len(self._shares) >= ENOUGH
 
     @property
     def share(self) -> float:
-        """Of the time of a lone pass and its commit, what a round takes among others; 1 while
-        nothing is known. Never more: what takes longer was kept from its work by something else."""
+        """Of the time of a lone pass and its commit, what a round takes among others: 1 while
+        nothing is known, and never more, since what takes longer is kept from its work by something
+        else."""
         return min(1.0, median_low(self._shares)) if self._shares else 1.0
 
     def learn(self, done: Round, lone: float) -> None:

@@ -85,8 +85,8 @@ class Round:
         return len(self.path) - 1
 
     @property
-    def lone(self) -> bool:
-        """Whether what it took is what its own pass takes."""
+    def by_itself(self) -> bool:
+        """Whether its pass, and no other, was begun and read in it."""
         return not (self.begun_before or self.begins_next)
 
     @property

@@ -71,7 +71,7 @@ class RoundCosts:
         if done.budget == 1:
             if done.told and unit:
                 self._catching_up.append(drafting / done.told / unit)
-            if not done.lone:
+            if not done.by_itself:
                 return
             self._plain.append((took, done.misses))
             if len(self._plain) == PLAIN_BATCH or self.plain_rounds < PLAIN_BATCH:

@@ -22,8 +22,9 @@ class World:
     verify(rows, context) and draft: seconds. confidence: mean probability of a slot's best token;
     the draft's probabilities are off by the factors `top` (below the best path) and `side`.
     noise: relative, of every time; hiccups: share of rounds that take ten times as long.
-    misses(rows): experts read, at `miss` seconds each. waiting: None, or the share of a plain round
-    in which a GPU that is given passes ahead keeps its host waiting.
+    misses(rows): experts read, at `miss` seconds each. waiting: None, or the share of a lone
+    plain round in which the host waits for the GPU, half at most; in the rest it begins the pass.
+    Where it begins the next one first it does not wait.
     """
 
     def __init__(
@@ -42,6 +43,7 @@ class World:
     ) -> None:
         self.verify, self.draft, self.confidence = verify, draft, confidence
         self.top, self.side, self.noise, self.hiccups = top, side, noise, hiccups
+        assert waiting is None or waiting <= 0.5
         self.misses, self.miss, self.waiting, self.begun = misses, miss, waiting, False
         self.rng = np.random.default_rng(seed)
         self.context = self.untold = 0
@@ -73,12 +75,15 @@ class World:
         path = self._path(tree)
         misses = round(self.misses(tree.rows))
         stall = misses * self.miss
-        passed, plain = self.verify(tree.rows, self.context), limit == 1
-        before, self.begun = plain and self.begun, False
-        if plain and self.waiting is not None:
-            self.begun = budget.stays_plain()
-            wait = 0.0 if self.begun else self.waiting * passed
-            passed = wait + (1 - self.waiting) * passed * ((not before) + self.begun)
+        begun, self.begun, plain = self.begun, False, limit == 1
+        passed = self.verify(tree.rows, self.context)
+        if self.waiting is not None:
+            wait = self.waiting * self.verify(1, self.context)
+            if plain:
+                self.begun = budget.stays_plain()
+                passed = (passed - wait) * ((not begun) + self.begun) + wait * (not self.begun)
+            else:
+                passed += wait * begun  # for a pass in vain
         verify = self._time(passed) + stall
         done = Round(
             tree,
@@ -90,7 +95,7 @@ class World:
             told=told,
             misses=misses,
             stall=stall,
-            begun_before=before,
+            begun_before=plain and begun,
             begins_next=self.begun,
         )
         budget.learn(done)

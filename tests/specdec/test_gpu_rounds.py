@@ -259,7 +259,7 @@ def test_auto_knows_what_plain_decoding_costs_where_passes_are_begun_ahead(engin
     assert found[: len(answer)] == answer
     # three passes by themselves, of which none begins another, then rounds that do
     assert lone[:3] == [(1, 0), (1, 1), (1, 2)]
-    assert len(among) >= 1
+    assert len(among) >= 3
     assert all(done.budget == 1 and done.begun_before and done.begins_next for done in among)
 
 
