@@ -23,6 +23,11 @@ from specdec.target.pending import Output
 from specdec.tree.draft_tree import DraftTree
 
 
+def can_look_past_lone(target: Target, chooser: Greedy) -> bool:
+    """Whether a GPU can be given the pass after a lone root's before the host has read that one."""
+    return target.compiled and chooser.on_device
+
+
 class Ahead:
     """Of the rounds after one prompt.
 
@@ -56,10 +61,9 @@ class Ahead:
         """In plain decoding, begin the pass that follows one that was begun, if it is likely to be
         asked for; whether that one was begun here too, and whether another was now."""
         before, self._lone = self._lone, None
-        verdict = output.verdict
-        can = self._target.compiled and self._chooser.on_device
-        if can and verdict is not None and budget.stays_plain():
-            self._lone = self._target.look_ahead(verdict.lone_token)
+        if can_look_past_lone(self._target, self._chooser) and budget.stays_plain():
+            assert output.verdict is not None
+            self._lone = self._target.look_ahead(output.verdict.lone_token)
         return before is output, self._lone is not None
 
     def look_past(self, tree: DraftTree | GrownTree, output: Output, limit: int) -> bool:

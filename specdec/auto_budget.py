@@ -117,8 +117,7 @@ class Auto:
         self.costs.learn(done)
         self._context = done.context + len(done.path)
         self._untold += len(done.path) - done.told
-        among = done.begun_before and done.begins_next
-        measured = among if self._overlap is not None else done.tree.rows == 1
+        measured = done.tree.rows == 1 if self._overlap is None else done.among_others
         self._since_plain = 0 if measured else self._since_plain + 1
         drafted = done.budget > 1
         if drafted:
@@ -128,19 +127,17 @@ class Auto:
             return
         self._lone = self._plain = max(self.costs.plain(self._context), SHORTEST)
         if self._overlap is not None:
-            if among:
+            if measured:
                 self._overlap.learn(done, self._lone)
             self._plain *= self._overlap.share
         plain = self._plain
-        seconds = done.seconds
-        drafting, passed = seconds.draft + seconds.build, seconds.verify + seconds.commit
+        drafting, passing = done.seconds.drafting, done.seconds.passing
         if not drafted:
             # The first of rounds that begin each other begins two passes, the last none.
-            whole = among or self._overlap is None
-            edge = 0.0 if whole else min(passed, HICCUP * self._lone) - plain
+            edge = 0.0 if measured else min(passing, HICCUP * self._lone) - plain
             self._even.plain((drafting + edge) / plain)
             return
-        took = min(drafting + passed, HICCUP * self._seconds)
+        took = min(drafting + passing, HICCUP * self._seconds)
         # Half as it came and half as it was expected, both: see break_even.py.
         cost, tokens = (took + self._seconds) / 2, (len(done.tokens) + self._expected) / 2
         self._even.drafted(cost / plain, tokens)

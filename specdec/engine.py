@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from time import perf_counter
 
-from specdec.ahead import Ahead
+from specdec.ahead import Ahead, can_look_past_lone
 from specdec.auto_budget import Auto
 from specdec.budget import Budget
 from specdec.chooser import chooser
@@ -50,8 +50,7 @@ class Engine:
     def auto(self, nodes: int, sampling: Sampling = GREEDY) -> Auto:
         """The budget that chooses trees of `nodes` nodes at most. What it learns stays with the
         engine: of this machine and this pair, and for each way of sampling what is accepted."""
-        # whether plain rounds can begin each other's passes
-        ahead = self.target.compiled and chooser(sampling).on_device
+        ahead = can_look_past_lone(self.target, chooser(sampling))
         key = nodes, replace(sampling, seed=0), ahead
         if key not in self.autos:
             config = self.target.config

@@ -28,6 +28,16 @@ class PhaseSeconds:
     verify: float = 0.0
     commit: float = 0.0
 
+    @property
+    def drafting(self) -> float:
+        """Until there is a tree."""
+        return self.draft + self.build
+
+    @property
+    def passing(self) -> float:
+        """From a tree to its path, committed."""
+        return self.verify + self.commit
+
 
 class PhaseClock:
     """Counts the wall time of a round to its phases, from when it is made."""
@@ -88,6 +98,11 @@ class Round:
     def by_itself(self) -> bool:
         """Whether its pass, and no other, was begun and read in it."""
         return not (self.begun_before or self.begins_next)
+
+    @property
+    def among_others(self) -> bool:
+        """Whether it is one of rounds of plain decoding that begin each other's passes."""
+        return self.begun_before and self.begins_next
 
     @property
     def tokens(self) -> tuple[int, ...]:

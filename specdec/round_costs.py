@@ -60,8 +60,8 @@ class RoundCosts:
     def learn(self, done: Round) -> None:
         """Learn from a round."""
         seconds, rows = done.seconds, done.tree.rows
-        drafting = seconds.draft + seconds.build
-        took = max(seconds.verify + seconds.commit - done.stall, 0.0)
+        drafting = seconds.drafting
+        took = max(seconds.passing - done.stall, 0.0)
         if done.misses or self._missed:
             # One more than there were: costs are relative, and a warm cache misses nothing.
             self._misses.add(rows, 0, done.misses + 1)

@@ -31,7 +31,8 @@ TYPES = {
 # as they stand in the name of a kernel
 _NAMES = {mx.float16: "float16_t", mx.bfloat16: "bfloat16_t", mx.float32: "float"}
 _NAMES |= {mx.int32: "int32_t", mx.uint32: "uint32_t"}
-_SHAPES = {"shape": "Shape", "strides": "Strides", "ndim": "int"}
+# what a text may ask of an input, behind its name, and of what type it is
+SHAPES = {"shape": "Shape", "strides": "Strides", "ndim": "int"}
 _SEED = 0xC70F6907  # of std::hash
 
 SHAPE_TYPES = """template <typename T>
@@ -94,7 +95,7 @@ def jit_text(
     parameters = []
     for each, dtype, dimensions in inputs:
         parameters.append(f"    const {TYPES[dtype]}* {each}")
-        for suffix, kind in _SHAPES.items():
+        for suffix, kind in SHAPES.items():
             if dimensions and f"{each}_{suffix}" in source:
                 parameters.append(f"    const __grid_constant__ {kind} {each}_{suffix}")
     parameters += [f"    {TYPES[dtype]}* {each}" for each, dtype in outputs]

@@ -17,7 +17,7 @@ from typing import Any, TypeAlias
 import mlx.core as mx
 
 from specdec.kernels.gpu.included import included
-from specdec.kernels.gpu.jit_text import jit_text
+from specdec.kernels.gpu.jit_text import SHAPES, jit_text
 from specdec.kernels.gpu.kept import keep, made_for
 from specdec.kernels.gpu.vocabulary import definitions, without_comments
 
@@ -129,7 +129,7 @@ class MetalKernel:
         the files are to be there, also where old files of the folder are swept away."""
         header, body = self._on_cuda
         # MLX looks for these words to know what the body asks for
-        asked = [f"{i}_{of}" for i in self.inputs for of in ("shape", "strides", "ndim")]
+        asked = [f"{i}_{of}" for i in self.inputs for of in SHAPES]
         asked = [word for word in asked if word in self.body]
         return included(header), f"{included(body)}// {' '.join(asked)}\n// {made_for()}\n"
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import mlx.core as mx
 
-from specdec.kernels.gpu.jit_text import SHAPE_TYPES, TYPES, constant
+from specdec.kernels.gpu.jit_text import SHAPE_TYPES, SHAPES, TYPES, constant
 from specdec.kernels.gpu.kernel import MetalKernel, Template
 
 HEADERS = """#include <cuda/std/array>
@@ -36,7 +36,7 @@ def cuda_source(
     parameters = []
     for name, dtype in zip(kernel.inputs, input_dtypes, strict=True):
         parameters.append(f"const {TYPES[dtype]}* {name}")
-        for suffix, type_ in (("shape", "Shape"), ("strides", "Strides"), ("ndim", "int")):
+        for suffix, type_ in SHAPES.items():
             if f"{name}_{suffix}" in kernel.body:
                 parameters.append(f"const __grid_constant__ {type_} {name}_{suffix}")
     for name, dtype in zip(kernel.outputs, output_dtypes, strict=True):
